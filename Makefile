@@ -1,4 +1,4 @@
-# pretrain.c: `make quickstart` trains a first model, `make test` checks everything, `make help` lists the rest.
+# `make quickstart` trains a first model, `make test` checks everything, `make help` lists the rest.
 #
 # Each program is one translation unit, so a build is one compiler call; there are no object files.
 # Everything made goes into build/, except the two programs themselves and quickstart/.
@@ -24,12 +24,12 @@ LDLIBS   := -lcjson -lxxhash -lpcre2-8 -lz -lzstd -lpthread -lm
 LDFLAGS  := -Wl,--as-needed
 
 # What this machine has. `make test` and `make quickstart` ask again after setup.sh has installed things.
-has_header = $(shell echo '\#include <$(1)>' | $(CC) -E -x c - >/dev/null 2>&1 && echo 1 || echo 0)
+has_header = $(shell $(CC) -E -include $(1) -x c /dev/null >/dev/null 2>&1 && echo 1 || echo 0)
 has_macro  = $(shell $(CC) -march=native -dM -E -x c /dev/null 2>/dev/null | grep -c '$(1) ')
 ifneq ($(call has_macro,__AVX512F__),0)
 CFLAGS += -mprefer-vector-width=512
 endif
-# oneDNN's matmul where it is installed, else plain C with the same results within rounding; DNNL=0 forces that.
+# oneDNN's matmul where it is installed, else plain C, the same within rounding; DNNL=0 forces that.
 DNNL ?= $(call has_header,dnnl.h)
 ifeq ($(DNNL),1)
 CPPFLAGS += -DUSE_DNNL
@@ -45,15 +45,16 @@ BENCH    := $(patsubst dev/bench/%.c,$(BUILD)/bench/%,$(wildcard dev/bench/bench
 FUZZ     := $(patsubst dev/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard dev/fuzz/fuzz_*.c))
 HEADERS  := $(wildcard llmc/*.h)
 SOURCES  := $(wildcard *.c llmc/*.h dev/*/*.c dev/*/*.h)
-SCRIPTS  := $(wildcard scripts/*.sh dev/test/*.sh dev/fuzz/*.sh) .ci/run
 
-COMPILE = $(CC) $(CPPFLAGS) $(CFLAGS) $(WARNINGS) -MMD -MP -MF $(BUILD)/$(@F).d -MT $@
+# One short line for each compiler call; V=1 shows the whole.
+Q = $(if $(V),,@echo '  $(1) $@' &&)
+COMPILE = $(call Q,$(CC)) $(CC) $(CPPFLAGS) $(CFLAGS) $(WARNINGS) -MMD -MP -MF $(BUILD)/$(@F).d -MT $@
 # A sub-make with one job per core, unless the user said how many.
 SUBMAKE = $(MAKE) --no-print-directory $(if $(findstring -j,$(MAKEFLAGS)),,-j$(JOBS))
 
 .DEFAULT_GOAL := all
 .PHONY: all tests fuzzers benches test run-tests quickstart fuzz bench format check-format cppcheck \
-        check-headers check-scripts fixtures check-hf clean help FORCE
+        check-headers fixtures check-hf clean help FORCE
 
 all: $(PROGRAMS) ## build ./train_gpt_cpu and ./corpus (CC=gcc or clang, DNNL=0 for no oneDNN)
 
@@ -78,11 +79,11 @@ $(BUILD)/bench/%: dev/bench/%.c $(BUILD)/flags | $(BUILD)/bench
 FUZZ_FLAGS := -std=gnu11 -O1 -g -fopenmp -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined
 fuzzers: $(FUZZ) ## build the fuzzers (needs clang)
 $(BUILD)/fuzz/%: dev/fuzz/%.c | $(BUILD)/fuzz
-	clang -I. $(FUZZ_FLAGS) $(WARNINGS) -MMD -MP -MF $(BUILD)/$(@F).d -MT $@ -o $@ $< $(LDFLAGS) \
+	$(call Q,clang) clang -I. $(FUZZ_FLAGS) $(WARNINGS) -MMD -MP -MF $(BUILD)/$(@F).d -MT $@ -o $@ $< $(LDFLAGS) \
 	    $(filter-out -ldnnl,$(LDLIBS))
 
 $(BUILD) $(BUILD)/test $(BUILD)/bench $(BUILD)/fuzz:
-	mkdir -p $@
+	@mkdir -p $@
 
 # These two files change only when their text does, and take with them what was built from the old text.
 stamp = @mkdir -p $(BUILD); echo '$(1)' | cmp -s - $@ || echo '$(1)' >$@
@@ -106,14 +107,14 @@ run-tests: $(PROGRAMS) $(UNIT) ## the same without looking at what is installed 
 quickstart: ## text to trained model in a few minutes (TEXT=/your/file/or/folder, QUICK=1 for a short form)
 	@scripts/setup.sh build
 	@$(SUBMAKE) all
-	@TEXT='$(TEXT)' QUICK='$(QUICK)' scripts/quickstart.sh
+	@scripts/quickstart.sh
 
 # ----------------------------------------------------------------------------
 # other checks
 
 FUZZ_SECONDS ?= 30
 fuzz: $(FUZZ) ## run every fuzzer for FUZZ_SECONDS=30, two at a time
-	@dev/fuzz/run.sh $(FUZZ_SECONDS) $(BUILD)/fuzz $(FUZZ)
+	@dev/fuzz/run.sh $(FUZZ_SECONDS) $(FUZZ)
 
 bench: $(PROGRAMS) $(BENCH) ## run the benchmarks, one after the other
 	@for b in $(BENCH); do $$b || exit 1; done
@@ -122,19 +123,16 @@ format: ## clang-format every C file in place
 	clang-format -i $(SOURCES)
 
 check-format: ## fail if clang-format would change a file
-	clang-format --dry-run -Werror $(SOURCES)
+	@clang-format --dry-run -Werror $(SOURCES)
 
 cppcheck: ## static analysis
-	cppcheck --quiet --std=c11 --language=c --enable=warning,performance,portability --inline-suppr \
+	@cppcheck --quiet --std=c11 --language=c --enable=warning,performance,portability --inline-suppr \
 	    --suppress=missingIncludeSystem --error-exitcode=1 -j $(JOBS) -I. $(SOURCES)
 
 check-headers: $(HEADERS:%=$(BUILD)/check/%) ## each header compiles alone, as C11 and as C++17
 $(BUILD)/check/%: % FORCE
-	$(CC) -I. -std=gnu11 $(WARNINGS) -fopenmp -fsyntax-only -include $< -x c /dev/null
-	$(CXX) -I. -std=gnu++17 $(WARNINGS) -fopenmp -fsyntax-only -include $< -x c++ /dev/null
-
-check-scripts: ## every script parses
-	for s in $(SCRIPTS); do bash -n $$s || exit 1; done
+	$(call Q,$(CC)) $(CC) $(CPPFLAGS) -std=gnu11 $(WARNINGS) -fopenmp -fsyntax-only -include $< -x c /dev/null
+	@$(CXX) $(CPPFLAGS) -std=gnu++17 $(WARNINGS) -fopenmp -fsyntax-only -include $< -x c++ /dev/null
 
 # ----------------------------------------------------------------------------
 # the independent implementation (Python packages from dev/test/requirements.txt, in build/venv)

@@ -15,6 +15,7 @@
 #include <stddef.h>
 
 #include "llmc/rand.h"  // defines: random_normal4, RANDOM_INIT
+#include "llmc/rope.h"  // defines: RopeConfig
 #include "llmc/utils.h" // defines: CHECK
 
 // ----------------------------------------------------------------------------
@@ -23,7 +24,6 @@
 enum NormKind { NORM_LAYERNORM, NORM_RMSNORM };
 enum PositionKind { POSITION_LEARNED, POSITION_ROPE };
 enum ActivationKind { ACTIVATION_GELU_TANH, ACTIVATION_SWIGLU };
-enum RopeScaling { ROPE_SCALING_NONE, ROPE_SCALING_LINEAR, ROPE_SCALING_LLAMA3 };
 
 // What a model_type fixes and what it only proposes. A family is a row, never a copy of the trainer.
 typedef struct {
@@ -68,10 +68,7 @@ typedef struct {
     bool mlp_bias;
     bool norm_bias; // LayerNorm's
     bool tie_word_embeddings;
-    double rope_theta;
-    enum RopeScaling rope_scaling;
-    double rope_factor, rope_low_freq_factor, rope_high_freq_factor;
-    int rope_original_max_position_embeddings;
+    RopeConfig rope;                // only for POSITION_ROPE
     int bos_token_id, eos_token_id; // -1: none
 } ModelConfig;
 
@@ -329,6 +326,7 @@ static inline void init_tensor(float* out, const ModelConfig* c, enum TensorId i
     ParameterLayout p = parameter_layout(c);
     const TensorSpec* t = &tensor_table[id];
     size_t size = p.size[id];
+    if (size == 0) return; // a tensor that this model does not have
     if (t->init == INIT_ZERO || t->init == INIT_ONE) {
         for (size_t i = 0; i < size; i++) out[i] = t->init == INIT_ONE ? 1.0f : 0.0f;
         return;

@@ -17,6 +17,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -136,6 +137,20 @@ static inline char* strdup_check(const char* s) {
     return (char*)memcpy(malloc_check(n), s, n);
 }
 
+// Zeroed memory that starts on a cache line; free() releases it. Large pages are asked for: the big arrays are
+// walked from end to end, and page faults would be a visible part of the first step.
+static inline void* aligned_zeros(size_t bytes) {
+    size_t alignment = bytes >= ((size_t)1 << 22) ? (size_t)1 << 21 : 64;
+    void* p = NULL;
+    if (posix_memalign(&p, alignment, bytes != 0 ? bytes : 1) != 0) {
+        Error err = {0, {0}};
+        fail(&err, EXIT_OS, "out of memory: cannot allocate %zu bytes", bytes);
+        exit_with(&err);
+    }
+    madvise(p, bytes, MADV_HUGEPAGE);
+    return memset(p, 0, bytes);
+}
+
 // A string that grows: JSON that we write, messages, decoded text. Start from {0}; free(s.data) at the end.
 typedef struct {
     char* data; // NUL-terminated once anything was appended
@@ -247,4 +262,21 @@ static inline char* read_file(const char* path, size_t max_bytes, size_t* size, 
     data[got] = '\0';
     *size = got;
     return data;
+}
+
+// Writes a whole file so that a reader, or a crash, sees the old content or the new, never a part.
+static inline bool replace_file(const char* path, const void* data, size_t size, Error* err) {
+    char temporary[PATH_MAX];
+    if (snprintf(temporary, sizeof temporary, "%s.tmp", path) >= (int)sizeof temporary)
+        return fail(err, EXIT_USAGE, "path %s is too long", path);
+    int fd = open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    if (fd < 0) return fail(err, EXIT_CANNOT_WRITE, "cannot create %s: %s", temporary, strerror(errno));
+    bool ok = write_all(fd, data, size) && fsync(fd) == 0;
+    ok = close(fd) == 0 && ok;
+    if (!ok || rename(temporary, path) != 0) {
+        int reason = errno;
+        unlink(temporary);
+        return fail(err, EXIT_IO, "cannot write %s: %s", path, strerror(reason));
+    }
+    return true;
 }

@@ -24,17 +24,18 @@ if ! command -v apt-get >/dev/null || ! command -v dpkg-query >/dev/null; then
     # Another distribution: the compiler will say what it lacks; this says what that is called in Debian.
     for tool in gcc make python3; do
         command -v $tool >/dev/null && continue
-        echo "setup: $tool is missing and this is not Debian or Ubuntu: install what these are here: $wanted" >&2
+        echo "setup: $tool is missing, and this is not Debian or Ubuntu. Needed, by Debian's names:" >&2
+        echo "    $wanted" >&2
         exit 69
     done
     exit 0
 fi
 
-# Names of $wanted that are not installed. libc6-dev and the like may be listed once per architecture.
-installed=$(dpkg-query -W -f '${Package} ${db:Status-Status}\n' $wanted 2>/dev/null | grep ' installed$' || true)
+# Names of $wanted that are not installed; one may be listed several times, once per architecture.
+installed=$(dpkg-query -W -f '${Package} ${db:Status-Status}\n' $wanted 2>/dev/null || true)
 missing=
 for package in $wanted; do
-    grep -q "^$package installed" <<<"$installed" || missing="$missing $package"
+    grep -q "^$package installed$" <<<"$installed" || missing="$missing $package"
 done
 [ -n "$missing" ] || exit 0
 

@@ -1,0 +1,24 @@
+// How many floating-point operations a token costs. Plain C.
+//
+// A multiply-add is two. Training costs three forward passes (forward, gradient of the inputs, gradient of the
+// weights). Two conventions are in use for attention, and a utilisation means nothing without the name:
+//   causal  6 N + 6 L T (NH HS): each query meets T / 2 keys on average, what a causal kernel has to compute
+//   PaLM    6 N + 12 L T (NH HS): all T x T pairs, as if nothing were masked (arXiv 2204.02311, appendix B)
+// N counts the weights that take part in a matmul, the head included and embedding look-ups excluded.
+#pragma once
+#include "llmc/model.h" // defines: ModelConfig, model_dim
+
+static inline double matmul_parameters(const ModelConfig* c) {
+    double hidden = (double)model_dim(c, DIM_HIDDEN), heads = (double)model_dim(c, DIM_HEADS);
+    double layer = hidden * (double)model_dim(c, DIM_QKV) + heads * hidden +
+                   hidden * (double)model_dim(c, DIM_FC) + (double)model_dim(c, DIM_FF) * hidden;
+    return c->num_hidden_layers * layer + (double)c->vocab_size * hidden;
+}
+
+enum FlopConvention { FLOPS_CAUSAL = 6, FLOPS_PALM = 12 }; // the attention term's factor
+
+// FLOPs of one token's training step (forward and backward) in sequences of T tokens.
+static inline double flops_per_token(const ModelConfig* c, int T, enum FlopConvention convention) {
+    double attention = (double)c->num_hidden_layers * T * (double)model_dim(c, DIM_HEADS);
+    return 6.0 * matmul_parameters(c) + (double)convention * attention;
+}

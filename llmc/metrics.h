@@ -1,0 +1,77 @@
+// What a run says: log.jsonl for programs (one object a line, the source of every plot and report) and the
+// step line for people. A log that cannot be written never stops a run: it is said once, and training goes on.
+#pragma once
+#include <math.h>
+
+#include "llmc/json.h"  // defines: json_append_string
+#include "llmc/utils.h" // defines: String, string_append, write_all
+
+typedef struct {
+    int fd; // of log.jsonl; -1 once writing failed
+    char path[PATH_MAX];
+    double started;
+} Metrics;
+
+static inline bool metrics_open(Metrics* m, const char* run_dir, Error* err) {
+    m->started = seconds_now();
+    if (!path_join(m->path, run_dir, "log.jsonl", err)) return false;
+    m->fd = open(m->path, O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
+    if (m->fd < 0) return fail(err, EXIT_CANNOT_WRITE, "cannot open %s: %s", m->path, strerror(errno));
+    // a run that was killed may have left half a line: end it, so that it spoils no other
+    char last = '\n';
+    off_t size = lseek(m->fd, 0, SEEK_END);
+    if (size > 0 && pread(m->fd, &last, 1, size - 1) == 1 && last != '\n' && !write_all(m->fd, "\n", 1))
+        return fail(err, EXIT_IO, "cannot append to %s: %s", m->path, strerror(errno));
+    return true;
+}
+
+static inline void metrics_close(Metrics* m) {
+    if (m->fd >= 0) close(m->fd);
+    m->fd = -1;
+}
+
+// A line is built field by field (event_begin, event_number ..., event_end) and written by one write(2).
+static inline String event_begin(const char* event, uint64_t step) {
+    String line = {NULL, 0, 0};
+    string_append(&line, "{\"event\":\"%s\",\"time\":%.3f,\"step\":%llu", event, (double)time(NULL),
+                  (unsigned long long)step);
+    return line;
+}
+
+static inline void event_number(String* line, const char* key, double value) {
+    if (isfinite(value)) string_append(line, ",\"%s\":%.9g", key, value);
+    else string_append(line, ",\"%s\":null", key); // JSON has no NaN
+}
+
+static inline void event_text(String* line, const char* key, const char* text) {
+    string_append(line, ",\"%s\":", key);
+    json_append_string(line, text);
+}
+
+static inline void event_end(Metrics* m, String* line) {
+    string_append(line, "}\n");
+    if (m->fd >= 0 && !write_all(m->fd, line->data, line->size)) {
+        fprintf(stderr, "warning: cannot write %s: %s; training goes on without the log\n", m->path,
+                strerror(errno));
+        metrics_close(m);
+    }
+    free(line->data);
+}
+
+// "1h02m", "3m07s", "12s"
+static inline void format_duration(char out[16], double seconds) {
+    long s = seconds > 0 && seconds < 1e9 ? (long)(seconds + 0.5) : 0;
+    if (s >= 3600) snprintf(out, 16, "%ldh%02ldm", s / 3600, s / 60 % 60);
+    else if (s >= 60) snprintf(out, 16, "%ldm%02lds", s / 60, s % 60);
+    else snprintf(out, 16, "%lds", s);
+}
+
+// Text of a model for a person's terminal: control bytes would move the cursor or worse, so they are shown
+// as \xNN; bytes of UTF-8 sequences pass.
+static inline void print_escaped(FILE* out, const char* text, size_t size) {
+    for (size_t i = 0; i < size; i++) {
+        unsigned char c = (unsigned char)text[i];
+        if (c == '\n' || c == '\t' || (c >= 32 && c != 127)) fputc(c, out);
+        else fprintf(out, "\\x%02x", c);
+    }
+}

@@ -1,0 +1,1052 @@
+// train_gpt.c: the CPU reference. The whole algorithm of GPT pre-training in fp32, in one process.
+//
+// It is what the CUDA program is held against, so it prefers what is plainly right to what is clever: no
+// fast-math, no intrinsics, matmuls through oneDNN (or a plain loop), everything else a loop that the compiler
+// vectorises and OpenMP shares out. Read it from top to bottom:
+//
+//     memory      what is kept for a model and a micro-batch, laid out by one function that also is the planner
+//     forward     a block is a straight list of layers
+//     backward    the same list upside down
+//     decoding    one token at a time, with a cache of keys and values
+//     the run     weights from somewhere, steps, evaluation, samples, checkpoints
+//     commands    train, plan, eval, sample, export, checkpoint
+//
+// Shapes: B sequences, T positions, N = B * T rows, C hidden size, V vocabulary (Vp padded), L layers, NH query
+// heads, NKV key/value heads, HS head size, Q = NH * HS, QKV = Q + 2 * NKV * HS, FF feed-forward size,
+// FC = FF, or 2 FF where a gate lies beside it. A gradient's name is its tensor's with a d in front.
+#include <omp.h>
+#include <signal.h>
+
+#include "llmc/checkpoint.h"    // defines: CheckpointData, TrainState, checkpoint_save, checkpoint_load ...
+#include "llmc/config.h"        // defines: RunConfig, config_load, config_print
+#include "llmc/dataloader.h"    // defines: DataLoader, Prefetch, dataloader_row, document_starts
+#include "llmc/flops.h"         // defines: flops_per_token
+#include "llmc/guard.h"         // defines: guard_accepts
+#include "llmc/layers_cpu.h"    // defines: real, embedding_forward ... classifier
+#include "llmc/metrics.h"       // defines: Metrics, event_begin ..., print_escaped
+#include "llmc/model.h"         // defines: ModelConfig, ParameterLayout, tensor_table
+#include "llmc/optimizer_cpu.h" // defines: adamw_update, global_norm_squared
+#include "llmc/planner.h"       // defines: plan_print
+#include "llmc/rope.h"          // defines: rope_table
+#include "llmc/sampler.h"       // defines: sample_token
+#include "llmc/schedule.h"      // defines: learning_rate
+#include "llmc/tokenizer.h"     // defines: Tokenizer, Encoder, encode, token_bytes
+
+// ----------------------------------------------------------------------------
+// memory
+
+// One copy of every parameter (or of its gradient) as the code of a block sees it: the layer's own tensors and
+// those outside the layers. Absent tensors are NULL. The order is tensor_table's.
+typedef union {
+    struct {
+        real *wte, *wpe;                                  // (Vp, C) (maxT, C)
+        real *ln1w, *ln1b, *qkvw, *qkvb;                  // (C) (C) (QKV, C) (QKV)
+        real *attprojw, *attprojb, *ln2w, *ln2b;          // (C, Q) (C) (C) (C)
+        real *fcw, *fcb, *fcprojw, *fcprojb;              // (FC, C) (FC) (C, FF) (C)
+        real *lnfw, *lnfb, *lmhead;                       // (C) (C) (Vp, C)
+    };
+    real* at[NUM_TENSORS];
+} Parameters;
+_Static_assert(sizeof(Parameters) == NUM_TENSORS * sizeof(real*), "Parameters lists the tensor table");
+
+// One allocation each.
+enum MemoryClass { MEMORY_PARAMETERS, MEMORY_GRADIENTS, MEMORY_MOMENTS, MEMORY_ACTIVATIONS, MEMORY_SCRATCH,
+                   NUM_MEMORY_CLASSES };
+static const char* const memory_class_names[NUM_MEMORY_CLASSES] = {"parameters", "gradients",
+                                                                   "optimizer moments", "activations", "scratch"};
+
+// What the backward pass needs of one block's forward pass.
+typedef struct {
+    real *ln1, *ln1_mean, *ln1_rstd; // (N, C) (N) (N)
+    real *qkv, *att, *lse;           // (N, QKV) (N, Q) (B, NH, T)
+    real* residual2;                 // (N, C) behind attention
+    real *ln2, *ln2_mean, *ln2_rstd; // (N, C) (N) (N)
+    real* fc;                        // (N, FC) before the activation, which is cheaper to repeat than to keep
+    real* residual3;                 // (N, C) behind the MLP
+} LayerActivations;
+
+typedef struct {
+    ModelConfig config;
+    ParameterLayout layout;
+    int B, T; // the micro-batch that the activations have room for
+    real *params, *grads, *m, *v;
+    LayerActivations* layers;
+    real *embedded, *lnf, *lnf_mean, *lnf_rstd; // (N, C) (N, C) (N) (N)
+    real* losses;                               // (N)
+    int* doc_start;                             // (N), NULL without document masking
+    float *rope_cos, *rope_sin;                 // (maxT, HS / 2), NULL with learned positions
+    // scratch: dead when a block is done with it
+    real *act, *dact;               // (N, FF)
+    real *hidden, *dresidual, *datt; // (N, C) (N, C) (N, Q)
+    real *dqkv, *dfc;               // (N, QKV) (N, FC)
+    real* logits;                   // (logit_rows, Vp)
+    int logit_rows;
+    Matmul matmul;                  // precision, oneDNN's primitives, and scratch of its own:
+    real *matmul_scratch, *attention_scratch;
+    uint16_t* head_copy;            // (Vp, C) in bf16, while the head works through its rows
+    void* memory[NUM_MEMORY_CLASSES]; // the allocations behind all of these
+} GPT;
+
+// The logits of a whole micro-batch never exist at once: the head works on this many rows at a time.
+enum { LOGIT_ROWS = 256 };
+
+// Hands out consecutive pieces of one allocation. Without memory behind it, it only adds up: the function that
+// lays memory out is the function that plans it.
+typedef struct {
+    real* memory;
+    size_t used; // in elements
+} Arena;
+
+static real* arena_take(Arena* arena, size_t n) {
+    real* piece = arena->memory != NULL ? arena->memory + arena->used : NULL;
+    arena->used += (n + 15) / 16 * 16; // whole cache lines
+    return piece;
+}
+
+static size_t elements(size_t bytes) { return (bytes + sizeof(real) - 1) / sizeof(real); }
+
+// Bytes that the matmuls of a block and of the head need beside their operands. The head's weight is kept in
+// head_copy, so that of its operands only the rows count.
+static size_t largest_matmul_scratch(const GPT* g) {
+    const ModelConfig* c = &g->config;
+    const enum Dim shapes[][2] = {
+        {DIM_HIDDEN, DIM_QKV}, {DIM_HEADS, DIM_HIDDEN}, {DIM_HIDDEN, DIM_FC}, {DIM_FF, DIM_HIDDEN}};
+    size_t rows = (size_t)g->logit_rows, largest = matmul_pack_bytes();
+    if (g->matmul.compute == MATMUL_BF16)
+        largest += bf16_copy_bytes(rows * model_dim(c, DIM_VOCAB)) + bf16_copy_bytes(rows * model_dim(c, DIM_HIDDEN));
+    for (int i = 0; i < 4; i++) {
+        size_t bytes = matmul_scratch_bytes(g->matmul.compute, g->B * g->T, (int)model_dim(c, shapes[i][0]),
+                                            (int)model_dim(c, shapes[i][1]));
+        largest = bytes > largest ? bytes : largest;
+    }
+    return largest;
+}
+
+// Places every array of one class; `training` adds what only the backward pass needs.
+static void lay_out(GPT* g, enum MemoryClass class, Arena* arena, bool training) {
+    const ModelConfig* c = &g->config;
+    size_t N = (size_t)g->B * (size_t)g->T, C = model_dim(c, DIM_HIDDEN), Q = model_dim(c, DIM_HEADS);
+    size_t QKV = model_dim(c, DIM_QKV), FF = model_dim(c, DIM_FF), FC = model_dim(c, DIM_FC);
+    switch (class) {
+    case MEMORY_PARAMETERS: g->params = arena_take(arena, g->layout.num_parameters); return;
+    case MEMORY_GRADIENTS:
+        if (training) g->grads = arena_take(arena, g->layout.num_parameters);
+        return;
+    case MEMORY_MOMENTS:
+        if (training) g->m = arena_take(arena, g->layout.num_parameters);
+        if (training) g->v = arena_take(arena, g->layout.num_parameters);
+        return;
+    case MEMORY_ACTIVATIONS:
+        g->embedded = arena_take(arena, N * C);
+        for (int l = 0; l < c->num_hidden_layers; l++) {
+            LayerActivations* a = &g->layers[l];
+            if (l > 0 && !training) { // without a backward pass, all layers share the first one's memory
+                *a = g->layers[0];
+                continue;
+            }
+            a->ln1 = arena_take(arena, N * C);
+            a->ln1_mean = arena_take(arena, N), a->ln1_rstd = arena_take(arena, N);
+            a->qkv = arena_take(arena, N * QKV);
+            a->att = arena_take(arena, N * Q);
+            a->lse = arena_take(arena, N * (size_t)c->num_attention_heads);
+            a->residual2 = arena_take(arena, N * C);
+            a->ln2 = arena_take(arena, N * C);
+            a->ln2_mean = arena_take(arena, N), a->ln2_rstd = arena_take(arena, N);
+            a->fc = arena_take(arena, N * FC);
+            a->residual3 = arena_take(arena, N * C);
+        }
+        g->lnf = arena_take(arena, N * C);
+        g->lnf_mean = arena_take(arena, N), g->lnf_rstd = arena_take(arena, N);
+        g->losses = arena_take(arena, N);
+        return;
+    case MEMORY_SCRATCH:
+        g->act = arena_take(arena, N * FF);
+        g->hidden = arena_take(arena, N * C);
+        g->logit_rows = N < LOGIT_ROWS ? (int)N : LOGIT_ROWS;
+        g->logits = arena_take(arena, (size_t)g->logit_rows * model_dim(c, DIM_VOCAB));
+        if (c->family->position == POSITION_ROPE) {
+            size_t angles = (size_t)c->max_position_embeddings * (size_t)c->head_dim / 2;
+            g->rope_cos = (float*)(void*)arena_take(arena, angles);
+            g->rope_sin = (float*)(void*)arena_take(arena, angles);
+        }
+        g->attention_scratch = arena_take(arena, elements(attention_scratch_bytes(g->T, c->head_dim)));
+        g->matmul_scratch = arena_take(arena, elements(largest_matmul_scratch(g)));
+        if (g->matmul.compute == MATMUL_BF16)
+            g->head_copy = (uint16_t*)(void*)arena_take(arena, elements(2 * model_dim(c, DIM_VOCAB) * C));
+        if (!training) return;
+        g->dact = arena_take(arena, N * FF);
+        g->dresidual = arena_take(arena, N * C);
+        g->datt = arena_take(arena, N * Q);
+        g->dqkv = arena_take(arena, N * QKV);
+        g->dfc = arena_take(arena, N * FC);
+        return;
+    case NUM_MEMORY_CLASSES: return;
+    }
+}
+
+// The exact size of each class in bytes, without allocating any of it.
+static void gpt_plan(const ModelConfig* config, int B, int T, int compute, bool training, size_t bytes[NUM_MEMORY_CLASSES]) {
+    GPT g = {.config = *config, .layout = parameter_layout(config), .B = B, .T = T, .matmul.compute = compute};
+    g.layers = calloc_check((size_t)config->num_hidden_layers, sizeof *g.layers);
+    for (int class = 0; class < NUM_MEMORY_CLASSES; class++) {
+        Arena arena = {0};
+        lay_out(&g, class, &arena, training);
+        bytes[class] = arena.used * sizeof(real);
+    }
+    free(g.layers);
+}
+
+// ----------------------------------------------------------------------------
+// forward
+
+// Every parameter of `memory` (the weights, or the gradients) as layer l sees it.
+static Parameters parameters_of(const GPT* g, real* memory, int l) {
+    Parameters p;
+    for (int i = 0; i < NUM_TENSORS; i++)
+        p.at[i] = g->layout.size[i] != 0 ? memory + tensor_offset(&g->layout, i, l) : NULL;
+    return p;
+}
+
+// The head's weight: a matrix of its own, or the embedding once more.
+static real* head_of(Parameters p) { return p.lmhead != NULL ? p.lmhead : p.wte; }
+
+// The residual stream that enters layer l (l = L: that leaves the last one).
+static real* residual_into(const GPT* g, int l) { return l == 0 ? g->embedded : g->layers[l - 1].residual3; }
+
+static void block_forward(GPT* g, int l, int B) {
+    const ModelConfig* c = &g->config;
+    const ModelFamily* family = c->family;
+    int T = g->T, N = B * T, C = c->hidden_size, NH = c->num_attention_heads, NKV = c->num_key_value_heads;
+    int HS = c->head_dim, Q = NH * HS, QKV = Q + 2 * NKV * HS, FF = c->intermediate_size;
+    int FC = (int)model_dim(c, DIM_FC);
+    real eps = (real)c->norm_eps;
+    Parameters p = parameters_of(g, g->params, l);
+    LayerActivations* a = &g->layers[l];
+    real* residual = residual_into(g, l);
+    Matmul* mm = &g->matmul;
+
+    norm_forward(a->ln1, a->ln1_mean, a->ln1_rstd, residual, p.ln1w, p.ln1b, N, C, eps, family->norm);
+    matmul_forward(a->qkv, a->ln1, p.qkvw, p.qkvb, N, C, QKV, mm);
+    if (g->rope_cos != NULL) rope_forward(a->qkv, g->rope_cos, g->rope_sin, 0, B, T, NH, NKV, HS);
+    attention_forward(a->att, a->lse, g->attention_scratch, a->qkv, g->doc_start, B, T, NH, NKV, HS);
+    matmul_forward(g->hidden, a->att, p.attprojw, p.attprojb, N, Q, C, mm);
+    residual_forward(a->residual2, residual, g->hidden, (size_t)N * (size_t)C);
+
+    norm_forward(a->ln2, a->ln2_mean, a->ln2_rstd, a->residual2, p.ln2w, p.ln2b, N, C, eps, family->norm);
+    matmul_forward(a->fc, a->ln2, p.fcw, p.fcb, N, C, FC, mm);
+    activation_forward(g->act, a->fc, N, FF, family->activation);
+    matmul_forward(g->hidden, g->act, p.fcprojw, p.fcprojb, N, FF, C, mm);
+    residual_forward(a->residual3, a->residual2, g->hidden, (size_t)N * (size_t)C);
+}
+
+// tokens (B, T) -> lnf (B, T, C), what the head reads. doc_start (B, T) as in attention_forward, or NULL.
+static void gpt_forward(GPT* g, const int* tokens, int* doc_start, int B) {
+    const ModelConfig* c = &g->config;
+    CHECK(B <= g->B);
+    Parameters p = parameters_of(g, g->params, 0);
+    g->doc_start = doc_start;
+    embedding_forward(g->embedded, tokens, p.wte, p.wpe, B, g->T, c->hidden_size);
+    for (int l = 0; l < c->num_hidden_layers; l++) block_forward(g, l, B);
+    norm_forward(g->lnf, g->lnf_mean, g->lnf_rstd, residual_into(g, c->num_hidden_layers), p.lnfw, p.lnfb,
+                 B * g->T, c->hidden_size, (real)c->norm_eps, c->family->norm);
+}
+
+// Cross-entropy of every row against targets (B, T) into g->losses (a negative target is masked: loss 0);
+// returns their sum. With grad_scale != 0 also the head's backward pass, since the logits of a chunk of rows
+// exist only here: dlnf (B, T, C) = grad_scale * d(sum of losses) / dlnf goes to g->hidden.
+static double gpt_loss(GPT* g, const int* targets, int B, real grad_scale) {
+    int N = B * g->T, C = g->config.hidden_size, V = g->config.vocab_size, Vp = padded_vocab_size(V);
+    real* head = head_of(parameters_of(g, g->params, 0));
+    Matmul* mm = &g->matmul;
+    matmul_keep(mm, head, (size_t)Vp * (size_t)C, g->head_copy);
+    for (int row = 0; row < N; row += g->logit_rows) {
+        int rows = N - row < g->logit_rows ? N - row : g->logit_rows;
+        real* lnf = g->lnf + (size_t)row * (size_t)C;
+        matmul_forward(g->logits, lnf, head, NULL, rows, C, Vp, mm);
+        classifier(g->losses + row, g->logits, targets + row, grad_scale, rows, V, Vp, grad_scale != 0);
+        if (grad_scale == 0) continue;
+        real* dhead = head_of(parameters_of(g, g->grads, 0));
+        matmul_backward(g->hidden + (size_t)row * (size_t)C, dhead, NULL, g->logits, lnf, head, rows, C, Vp, mm);
+    }
+    matmul_release(mm);
+    double sum = 0;
+    for (int n = 0; n < N; n++) sum += g->losses[n];
+    return sum;
+}
+
+// ----------------------------------------------------------------------------
+// backward: parameter gradients are +=, so that micro-batches accumulate; the residual stream's gradient is +=,
+// since every block adds to the stream; all other activation gradients are =
+
+static void block_backward(GPT* g, int l, int B) {
+    const ModelConfig* c = &g->config;
+    const ModelFamily* family = c->family;
+    int T = g->T, N = B * T, C = c->hidden_size, NH = c->num_attention_heads, NKV = c->num_key_value_heads;
+    int HS = c->head_dim, Q = NH * HS, QKV = Q + 2 * NKV * HS, FF = c->intermediate_size;
+    int FC = (int)model_dim(c, DIM_FC);
+    Parameters p = parameters_of(g, g->params, l), dp = parameters_of(g, g->grads, l);
+    LayerActivations* a = &g->layers[l];
+    real* residual = residual_into(g, l);
+    Matmul* mm = &g->matmul;
+
+    activation_forward(g->act, a->fc, N, FF, family->activation); // once more: it was not kept
+    matmul_backward(g->dact, dp.fcprojw, dp.fcprojb, g->dresidual, g->act, p.fcprojw, N, FF, C, mm);
+    activation_backward(g->dfc, g->dact, a->fc, N, FF, family->activation);
+    matmul_backward(g->hidden, dp.fcw, dp.fcb, g->dfc, a->ln2, p.fcw, N, C, FC, mm);
+    norm_backward(g->dresidual, dp.ln2w, dp.ln2b, g->hidden, a->residual2, p.ln2w, a->ln2_mean, a->ln2_rstd, N,
+                  C, family->norm);
+
+    matmul_backward(g->datt, dp.attprojw, dp.attprojb, g->dresidual, a->att, p.attprojw, N, Q, C, mm);
+    attention_backward(g->dqkv, g->attention_scratch, g->datt, a->qkv, a->att, a->lse, g->doc_start, B, T, NH, NKV, HS);
+    if (g->rope_cos != NULL) rope_backward(g->dqkv, g->rope_cos, g->rope_sin, 0, B, T, NH, NKV, HS);
+    matmul_backward(g->hidden, dp.qkvw, dp.qkvb, g->dqkv, a->ln1, p.qkvw, N, C, QKV, mm);
+    norm_backward(g->dresidual, dp.ln1w, dp.ln1b, g->hidden, residual, p.ln1w, a->ln1_mean, a->ln1_rstd, N, C,
+                  family->norm);
+}
+
+// After gpt_forward and gpt_loss with a grad_scale on the same tokens: adds to every gradient.
+static void gpt_backward(GPT* g, const int* tokens, int B) {
+    const ModelConfig* c = &g->config;
+    int L = c->num_hidden_layers, N = B * g->T, C = c->hidden_size;
+    Parameters p = parameters_of(g, g->params, 0), dp = parameters_of(g, g->grads, 0);
+    memset(g->dresidual, 0, (size_t)N * (size_t)C * sizeof(real));
+    norm_backward(g->dresidual, dp.lnfw, dp.lnfb, g->hidden, residual_into(g, L), p.lnfw, g->lnf_mean,
+                  g->lnf_rstd, N, C, c->family->norm);
+    for (int l = L - 1; l >= 0; l--) block_backward(g, l, B);
+    embedding_backward(dp.wte, dp.wpe, g->dresidual, tokens, B, g->T, C);
+}
+
+// AdamW on every tensor, decay where the table says so; also sets the gradients to zero for the next step.
+static void gpt_update(GPT* g, const RunConfig* run, double lr, double grad_scale, uint64_t step) {
+    for (int i = 0; i < NUM_TENSORS; i++) {
+        for (int l = 0; l < tensor_copies(&g->config, i); l++) {
+            size_t at = tensor_offset(&g->layout, i, l);
+            double decay = tensor_table[i].decay ? run->optimizer.weight_decay : 0.0;
+            adamw_update(g->params + at, g->grads + at, g->m + at, g->v + at, g->layout.size[i], lr,
+                         run->optimizer.beta1, run->optimizer.beta2, run->optimizer.eps, decay, grad_scale,
+                         step);
+        }
+    }
+}
+
+// ----------------------------------------------------------------------------
+// a model's life
+
+// compute: a MatmulCompute. training: with gradients, moments and what a backward pass needs.
+static void gpt_create(GPT* g, const ModelConfig* config, int B, int T, int compute, bool training) {
+    memset(g, 0, sizeof *g);
+    g->config = *config;
+    g->matmul.compute = compute;
+    g->layout = parameter_layout(config);
+    g->B = B, g->T = T;
+    g->layers = calloc_check((size_t)config->num_hidden_layers, sizeof *g->layers);
+    for (int class = 0; class < NUM_MEMORY_CLASSES; class++) {
+        Arena arena = {0};
+        lay_out(g, class, &arena, training);
+        if (arena.used == 0) continue;
+        arena = (Arena){g->memory[class] = aligned_zeros(arena.used * sizeof(real)), 0};
+        lay_out(g, class, &arena, training);
+    }
+    matmul_init(&g->matmul, compute, g->matmul_scratch, largest_matmul_scratch(g));
+    if (g->rope_cos != NULL)
+        rope_table(g->rope_cos, g->rope_sin, &config->rope, config->max_position_embeddings, config->head_dim);
+}
+
+static void gpt_free(GPT* g) {
+    if (g->layers != NULL) matmul_free(&g->matmul);
+    for (int class = 0; class < NUM_MEMORY_CLASSES; class++) free(g->memory[class]);
+    free(g->layers);
+    memset(g, 0, sizeof *g);
+}
+
+// ----------------------------------------------------------------------------
+// decoding: one token at a time; keys and values of the past are kept, so that a token costs one row
+
+typedef struct {
+    GPT* gpt; // whose weights are read; its activations are not touched
+    int capacity, length;
+    real *keys, *values;                      // (L, capacity, NKV * HS)
+    real *residual, *norm, *qkv, *att, *hidden; // (C) (C) (QKV) (Q) (C)
+    real *fc, *act, *logits;                  // (FC) (FF) (Vp)
+    Matmul matmul; // always fp32: to round a weight for one row costs more than the product
+    real *matmul_scratch, *memory;
+} Decoder;
+
+static size_t decoder_lay_out(Decoder* d, Arena* arena) {
+    const ModelConfig* c = &d->gpt->config;
+    size_t kv = (model_dim(c, DIM_QKV) - model_dim(c, DIM_HEADS)) / 2;
+    size_t cache = (size_t)c->num_hidden_layers * (size_t)d->capacity * kv;
+    d->keys = arena_take(arena, cache), d->values = arena_take(arena, cache);
+    d->residual = arena_take(arena, model_dim(c, DIM_HIDDEN));
+    d->norm = arena_take(arena, model_dim(c, DIM_HIDDEN));
+    d->qkv = arena_take(arena, model_dim(c, DIM_QKV));
+    d->att = arena_take(arena, model_dim(c, DIM_HEADS));
+    d->hidden = arena_take(arena, model_dim(c, DIM_HIDDEN));
+    d->fc = arena_take(arena, model_dim(c, DIM_FC)), d->act = arena_take(arena, model_dim(c, DIM_FF));
+    d->logits = arena_take(arena, model_dim(c, DIM_VOCAB));
+    d->matmul_scratch = arena_take(arena, elements(matmul_pack_bytes()));
+    return arena->used;
+}
+
+static void decoder_create(Decoder* d, GPT* g, int capacity) {
+    Arena arena = {0};
+    *d = (Decoder){.gpt = g, .capacity = capacity};
+    arena.memory = d->memory = aligned_zeros(decoder_lay_out(d, &arena) * sizeof(real));
+    arena.used = 0;
+    decoder_lay_out(d, &arena);
+    matmul_init(&d->matmul, MATMUL_FP32, d->matmul_scratch, matmul_pack_bytes());
+}
+
+static void decoder_free(Decoder* d) {
+    matmul_free(&d->matmul);
+    free(d->memory);
+}
+
+// Appends one token; d->logits (Vp) then scores the next one. The same layers as gpt_forward, on one row.
+static void decoder_step(Decoder* d, int token) {
+    GPT* g = d->gpt;
+    const ModelConfig* c = &g->config;
+    const ModelFamily* family = c->family;
+    int C = c->hidden_size, NH = c->num_attention_heads, NKV = c->num_key_value_heads, HS = c->head_dim;
+    int Q = NH * HS, KV = NKV * HS, FF = c->intermediate_size, FC = (int)model_dim(c, DIM_FC);
+    real eps = (real)c->norm_eps, mean, rstd;
+    Matmul* mm = &d->matmul;
+    CHECK(d->length < d->capacity);
+    size_t past = (size_t)d->length * (size_t)KV, cache = (size_t)d->capacity * (size_t)KV;
+    Parameters p = parameters_of(g, g->params, 0);
+    real* position = p.wpe != NULL ? p.wpe + (size_t)d->length * (size_t)C : NULL;
+    embedding_forward(d->residual, &token, p.wte, position, 1, 1, C);
+    for (int l = 0; l < c->num_hidden_layers; l++) {
+        p = parameters_of(g, g->params, l);
+        real *keys = d->keys + (size_t)l * cache, *values = d->values + (size_t)l * cache;
+        norm_forward(d->norm, &mean, &rstd, d->residual, p.ln1w, p.ln1b, 1, C, eps, family->norm);
+        matmul_forward(d->qkv, d->norm, p.qkvw, p.qkvb, 1, C, Q + 2 * KV, mm);
+        if (g->rope_cos != NULL) rope_forward(d->qkv, g->rope_cos, g->rope_sin, d->length, 1, 1, NH, NKV, HS);
+        memcpy(keys + past, d->qkv + Q, (size_t)KV * sizeof(real));
+        memcpy(values + past, d->qkv + Q + KV, (size_t)KV * sizeof(real));
+        attention_decode(d->att, d->qkv, keys, values, d->length + 1, NH, NKV, HS);
+        matmul_forward(d->hidden, d->att, p.attprojw, p.attprojb, 1, Q, C, mm);
+        residual_forward(d->residual, d->residual, d->hidden, (size_t)C);
+        norm_forward(d->norm, &mean, &rstd, d->residual, p.ln2w, p.ln2b, 1, C, eps, family->norm);
+        matmul_forward(d->fc, d->norm, p.fcw, p.fcb, 1, C, FC, mm);
+        activation_forward(d->act, d->fc, 1, FF, family->activation);
+        matmul_forward(d->hidden, d->act, p.fcprojw, p.fcprojb, 1, FF, C, mm);
+        residual_forward(d->residual, d->residual, d->hidden, (size_t)C);
+    }
+    norm_forward(d->norm, &mean, &rstd, d->residual, p.lnfw, p.lnfb, 1, C, eps, family->norm);
+    matmul_forward(d->logits, d->norm, head_of(p), NULL, 1, C, padded_vocab_size(c->vocab_size), mm);
+    d->length++;
+}
+
+#ifndef TESTING
+// ----------------------------------------------------------------------------
+// the run: what the commands share
+
+typedef struct {
+    RunConfig run;
+    GPT gpt;
+    Tokenizer tokenizer;
+    DataLoader train, validation;
+    int *inputs, *targets, *doc_start; // (B, T) of the current micro-batch
+    TrainState state;
+    Metrics metrics;
+    double bits_per_byte; // of the last evaluation; NaN before the first
+} Trainer;
+
+typedef struct {
+    double loss, perplexity, bits_per_byte; // bits_per_byte is NaN without a tokenizer
+    uint64_t tokens;
+} Evaluation;
+
+static void gpt_init_weights(GPT* g, uint64_t seed) {
+    for (int i = 0; i < NUM_TENSORS; i++)
+        for (int l = 0; l < tensor_copies(&g->config, i); l++)
+            init_tensor(g->params + tensor_offset(&g->layout, i, l), &g->config, i, l, seed);
+}
+
+static volatile sig_atomic_t stop_signal = 0;
+static void on_signal(int signal_number) { stop_signal = signal_number; }
+
+static const char* checkpoints_directory(const Trainer* t, char out[PATH_MAX], Error* err) {
+    return path_join(out, t->run.log.run_dir, "checkpoints", err) ? out : NULL;
+}
+
+static CheckpointData checkpoint_data(Trainer* t) {
+    return (CheckpointData){.model = &t->gpt.config,
+                            .params = t->gpt.params,
+                            .m = t->gpt.m,
+                            .v = t->gpt.v,
+                            .state = t->state,
+                            .tokenizer_path = t->run.data.tokenizer};
+}
+
+// Fills the weights for evaluating, sampling and exporting: from checkpoint.load_from, else from the run's
+// newest checkpoint.
+static bool load_weights(Trainer* t, Error* err) {
+    char directory[PATH_MAX];
+    CheckpointData data = checkpoint_data(t);
+    data.m = data.v = NULL;
+    if (t->run.checkpoint.load_from[0] != '\0') {
+        if (!checkpoint_load(t->run.checkpoint.load_from, &data, err)) return false;
+    } else {
+        bool found = false;
+        if (checkpoints_directory(t, directory, err) == NULL) return false;
+        if (!checkpoint_load_newest(directory, &data, &found, err)) return false;
+        if (!found)
+            return fail(err, EXIT_NO_INPUT,
+                        "no checkpoint in %s: train first, or name a model directory with "
+                        "checkpoint.load_from=DIR",
+                        directory);
+    }
+    t->state = data.state;
+    return true;
+}
+
+// The weights a training run starts with: its own newest checkpoint, else checkpoint.load_from, else random.
+static bool load_or_init(Trainer* t, bool* resumed, Error* err) {
+    char directory[PATH_MAX];
+    CheckpointData data = checkpoint_data(t);
+    if (checkpoints_directory(t, directory, err) == NULL) return false;
+    if (!checkpoint_load_newest(directory, &data, resumed, err)) return false;
+    if (*resumed) {
+        t->state = data.state;
+        if (t->state.data_fingerprint != t->train.fingerprint)
+            return fail(err, EXIT_CONFIG,
+                        "the training data are not those that the checkpoint in %s was trained on (fingerprint "
+                        "%016llx, now %016llx): restore data.train and batch.sequence_length, or start another "
+                        "run with checkpoint.load_from and a new log.run_dir",
+                        directory, (unsigned long long)t->state.data_fingerprint,
+                        (unsigned long long)t->train.fingerprint);
+        return true;
+    }
+    t->state.data_fingerprint = t->train.fingerprint;
+    if (t->run.checkpoint.load_from[0] == '\0') {
+        gpt_init_weights(&t->gpt, t->run.seed);
+        return true;
+    }
+    data.m = data.v = NULL;
+    return checkpoint_load(t->run.checkpoint.load_from, &data, err);
+}
+
+static bool open_data(Trainer* t, bool training, Error* err) {
+    const RunConfig* run = &t->run;
+    uint32_t vocab_size = (uint32_t)run->model.vocab_size;
+    int T = run->batch.sequence_length;
+    DataSource validation = {"validation", run->data.validation, 1.0};
+    if (training && !dataloader_open(&t->train, run->data.sources, run->data.num_sources, T, vocab_size,
+                                     run->seed, true, err))
+        return false;
+    if (run->data.validation[0] != '\0' &&
+        !dataloader_open(&t->validation, &validation, 1, T, vocab_size, 0, false, err))
+        return false;
+    if (run->data.tokenizer[0] != '\0' && !tokenizer_load(&t->tokenizer, run->data.tokenizer, err)) return false;
+    return true;
+}
+
+static void trainer_close(Trainer* t) {
+    dataloader_close(&t->train);
+    dataloader_close(&t->validation);
+    tokenizer_free(&t->tokenizer);
+    gpt_free(&t->gpt);
+    free(t->inputs), free(t->targets), free(t->doc_start);
+}
+
+// The arrays of one micro-batch that gpt_forward and gpt_loss read.
+static void create_batch(Trainer* t) {
+    size_t N = (size_t)t->gpt.B * (size_t)t->gpt.T;
+    t->inputs = calloc_check(N, sizeof(int));
+    t->targets = calloc_check(N, sizeof(int));
+    t->doc_start = calloc_check(N, sizeof(int));
+}
+
+// rows (B, T + 1) -> inputs and targets (B, T), one shifted against the other, and where documents start.
+static void split_rows(Trainer* t, const int32_t* rows, int B) {
+    int T = t->gpt.T;
+    for (int b = 0; b < B; b++) {
+        const int32_t* row = rows + (size_t)b * (size_t)(T + 1);
+        size_t at = (size_t)b * (size_t)T;
+        memcpy(t->inputs + at, row, (size_t)T * sizeof(int));
+        memcpy(t->targets + at, row + 1, (size_t)T * sizeof(int));
+        if (t->run.data.document_mask) document_starts(t->doc_start + at, row, T, t->run.model.eos_token_id);
+    }
+}
+
+// Mean loss over the validation set, or over its first eval.batches micro-batches.
+static bool evaluate(Trainer* t, Evaluation* e, Error* err) {
+    int B = t->gpt.B, T = t->gpt.T;
+    uint64_t num_rows = t->validation.num_rows, limit = (uint64_t)t->run.eval.batches * (uint64_t)B;
+    if (limit != 0 && limit < num_rows) num_rows = limit;
+    int32_t* rows = malloc_check((size_t)B * (size_t)(T + 1) * sizeof *rows);
+    double loss = 0, byte_loss = 0, bytes = 0;
+    bool ok = true;
+    for (uint64_t first = 0; ok && first < num_rows; first += (uint64_t)B) {
+        int now = num_rows - first < (uint64_t)B ? (int)(num_rows - first) : B;
+        for (int b = 0; ok && b < now; b++)
+            ok = dataloader_row(&t->validation, first + (uint64_t)b, rows + (size_t)b * (size_t)(T + 1), err);
+        if (!ok) break;
+        split_rows(t, rows, now);
+        gpt_forward(&t->gpt, t->inputs, t->run.data.document_mask ? t->doc_start : NULL, now);
+        loss += gpt_loss(&t->gpt, t->targets, now, 0);
+        for (int i = 0; i < now * T; i++) {
+            uint32_t length = token_byte_length(&t->tokenizer, (uint32_t)t->targets[i]);
+            bytes += length;
+            if (length != 0) byte_loss += t->gpt.losses[i];
+        }
+    }
+    free(rows);
+    e->tokens = num_rows * (uint64_t)T;
+    e->loss = loss / (double)e->tokens;
+    e->perplexity = exp(e->loss);
+    e->bits_per_byte = bytes > 0 ? byte_loss / bytes / M_LN2 : NAN;
+    return ok;
+}
+
+// Continues the prompt; the text (decoded, prompt included) is appended to out.
+static bool generate(Trainer* t, int number, String* out, Error* err) {
+    const RunConfig* run = &t->run;
+    int V = run->model.vocab_size, room = run->model.max_position_embeddings;
+    int64_t eot = t->tokenizer.eot_id;
+    Tokens tokens = {0};
+    Encoder encoder;
+    encoder_init(&encoder, &t->tokenizer);
+    if (eot >= 0) tokens_push(&tokens, (uint32_t)eot); // a document begins with it, in our shards
+    encode(&encoder, run->sample.prompt, strlen(run->sample.prompt), &tokens);
+    encoder_free(&encoder);
+    if (tokens.size == 0 || tokens.size >= (size_t)room) {
+        free(tokens.data);
+        return fail(err, EXIT_CONFIG, "sample.prompt is %zu tokens long; between 1 and %d are possible",
+                    tokens.size, room - 1);
+    }
+    int capacity = (int)tokens.size + run->sample.max_new_tokens;
+    Decoder decoder;
+    decoder_create(&decoder, &t->gpt, capacity < room ? capacity : room);
+    Candidate* candidates = malloc_check((size_t)V * sizeof *candidates);
+    for (size_t i = 0; i < tokens.size; i++) {
+        decoder_step(&decoder, (int)tokens.data[i]);
+        if (tokens.data[i] != (uint32_t)eot) {
+            size_t size;
+            const char* bytes = token_bytes(&t->tokenizer, tokens.data[i], &size);
+            string_append_bytes(out, bytes, size);
+        }
+        if (i + 1 < tokens.size || decoder.length == decoder.capacity) continue;
+        double u = random_uniform(run->sample.seed, RANDOM_SAMPLE, (uint64_t)number, tokens.size);
+        int next = sample_token(decoder.logits, V, run->sample.temperature, run->sample.top_k, run->sample.top_p,
+                                u, candidates);
+        if (next == eot) break;
+        tokens_push(&tokens, (uint32_t)next);
+    }
+    free(candidates), free(tokens.data);
+    decoder_free(&decoder);
+    return true;
+}
+
+// ----------------------------------------------------------------------------
+// training
+
+typedef struct {
+    double loss, grad_norm, lr, seconds;
+    bool applied;
+} StepResult;
+
+// One optimizer step on rows (global_batch_size, T + 1).
+static StepResult train_step(Trainer* t, const int32_t* rows) {
+    const RunConfig* run = &t->run;
+    GPT* g = &t->gpt;
+    int B = g->B, T = g->T, num_rows = run->batch.global_batch_size;
+    double start = seconds_now(), num_targets = (double)num_rows * T, loss = 0;
+    for (int row = 0; row < num_rows; row += B) {
+        split_rows(t, rows + (size_t)row * (size_t)(T + 1), B);
+        gpt_forward(g, t->inputs, run->data.document_mask ? t->doc_start : NULL, B);
+        loss += gpt_loss(g, t->targets, B, (real)(1.0 / num_targets));
+        gpt_backward(g, t->inputs, B);
+    }
+    StepResult r = {.loss = loss / num_targets, .lr = learning_rate(run, t->state.step)};
+    r.grad_norm = sqrt(global_norm_squared(g->grads, g->layout.num_parameters));
+    r.applied = guard_accepts(&t->state, r.loss, r.grad_norm);
+    double clip = run->optimizer.grad_clip;
+    double grad_scale = clip > 0 && r.grad_norm > clip ? clip / r.grad_norm : 1.0;
+    if (r.applied) gpt_update(g, run, r.lr, grad_scale, t->state.step + 1);
+    else memset(g->grads, 0, g->layout.num_parameters * sizeof(real));
+    t->state.step++;
+    t->state.rows += (uint64_t)num_rows;
+    t->state.tokens += (uint64_t)num_rows * (uint64_t)T;
+    r.seconds = seconds_now() - start;
+    return r;
+}
+
+static void report_step(Trainer* t, const StepResult* r, double seconds_per_step) {
+    const RunConfig* run = &t->run;
+    double tokens = (double)run->batch.global_batch_size * run->batch.sequence_length;
+    double rate = tokens / seconds_per_step;
+    double gflops = rate * flops_per_token(&run->model, run->batch.sequence_length, FLOPS_CAUSAL) / 1e9;
+    char left[16], bpb[16] = "-";
+    format_duration(left, (double)((uint64_t)run->schedule.max_steps - t->state.step) * seconds_per_step);
+    if (isfinite(t->bits_per_byte)) snprintf(bpb, sizeof bpb, "%.4f", t->bits_per_byte);
+    printf("step %6llu/%d | loss %8.4f | val bpb %s | norm %7.3f | lr %.2e | %8.0f tok/s | %6.1f GFLOP/s | left %s%s\n",
+           (unsigned long long)t->state.step, run->schedule.max_steps, r->loss, bpb, r->grad_norm, r->lr, rate,
+           gflops, left, r->applied ? "" : " | SKIPPED: not finite");
+    fflush(stdout);
+    String line = event_begin("step", t->state.step);
+    event_number(&line, "loss", r->loss);
+    event_number(&line, "grad_norm", r->grad_norm);
+    event_number(&line, "learning_rate", r->lr);
+    event_number(&line, "tokens", (double)t->state.tokens);
+    event_number(&line, "tokens_per_second", rate);
+    event_number(&line, "step_seconds", r->seconds);
+    event_number(&line, "gflops", gflops);
+    event_number(&line, "skipped_steps", (double)t->state.skipped_steps);
+    event_end(&t->metrics, &line);
+}
+
+static bool report_evaluation(Trainer* t, Error* err) {
+    Evaluation e;
+    double start = seconds_now();
+    if (!evaluate(t, &e, err)) return false;
+    t->bits_per_byte = e.bits_per_byte;
+    printf("eval %6llu | val loss %.4f | perplexity %.2f", (unsigned long long)t->state.step, e.loss, e.perplexity);
+    if (isfinite(e.bits_per_byte)) printf(" | %.4f bits per byte", e.bits_per_byte);
+    printf(" | %llu tokens in %.1f s\n", (unsigned long long)e.tokens, seconds_now() - start);
+    String line = event_begin("eval", t->state.step);
+    event_number(&line, "loss", e.loss);
+    event_number(&line, "perplexity", e.perplexity);
+    if (isfinite(e.bits_per_byte)) event_number(&line, "bits_per_byte", e.bits_per_byte);
+    event_end(&t->metrics, &line);
+    return true;
+}
+
+static bool report_samples(Trainer* t, Error* err) {
+    for (int i = 0; i < t->run.sample.num_samples; i++) {
+        String text = {NULL, 0, 0};
+        if (!generate(t, i, &text, err)) return false;
+        printf("---- sample %d at step %llu\n", i + 1, (unsigned long long)t->state.step);
+        print_escaped(stdout, text.data != NULL ? text.data : "", text.size);
+        printf("\n----\n");
+        String line = event_begin("sample", t->state.step);
+        event_text(&line, "text", text.data != NULL ? text.data : "");
+        event_end(&t->metrics, &line);
+        free(text.data);
+    }
+    return true;
+}
+
+static bool save(Trainer* t, const char* config_json, Error* err) {
+    char directory[PATH_MAX];
+    double start = seconds_now();
+    CheckpointData data = checkpoint_data(t);
+    data.config_json = config_json;
+    if (checkpoints_directory(t, directory, err) == NULL ||
+        !checkpoint_save(directory, &data, t->run.checkpoint.keep_last,
+                         (uint64_t)t->run.checkpoint.permanent_every, err))
+        return false;
+    printf("save %6llu | %s/step_%08llu in %.1f s\n", (unsigned long long)t->state.step, directory,
+           (unsigned long long)t->state.step, seconds_now() - start);
+    String line = event_begin("checkpoint", t->state.step);
+    event_text(&line, "directory", directory);
+    event_number(&line, "seconds", seconds_now() - start);
+    event_end(&t->metrics, &line);
+    return true;
+}
+
+// Is `step` one of every, 2 every, ... or the last? every 0 means only the last.
+static bool is_due(int every, uint64_t step, bool last) {
+    return last || (every > 0 && step % (uint64_t)every == 0);
+}
+
+static bool train_loop(Trainer* t, const char* config_json, Error* err) {
+    const RunConfig* run = &t->run;
+    Prefetch prefetch;
+    int rows_per_step = run->batch.global_batch_size;
+    uint64_t max_steps = (uint64_t)run->schedule.max_steps;
+    if (t->state.step >= max_steps) return true;
+    prefetch_start(&prefetch, &t->train, t->state.rows, (uint64_t)rows_per_step, 0, rows_per_step, 2);
+    double smoothed = 0; // seconds a step: the mean at first, then an exponential average over about 20
+    bool ok = true, saved = false;
+    for (uint64_t done = 1; ok && stop_signal == 0 && t->state.step < max_steps; done++) {
+        const int32_t* rows = prefetch_next(&prefetch, err);
+        if (rows == NULL) {
+            ok = false;
+            break;
+        }
+        StepResult r = train_step(t, rows);
+        double weight = done < 20 ? 1.0 / (double)done : 0.05;
+        smoothed += weight * (r.seconds - smoothed);
+        bool last = t->state.step == max_steps;
+        saved = false;
+        if (is_due(run->log.every, t->state.step, last) || !r.applied) report_step(t, &r, smoothed);
+        if (t->state.consecutive_skipped >= (uint64_t)run->guard.max_skipped_steps)
+            ok = fail(err, EXIT_INTERNAL,
+                      "training diverged: loss or gradient norm was not finite in %d steps in a row up to step "
+                      "%llu; lower optimizer.learning_rate or look at the data, and resume from the last "
+                      "checkpoint (guard.max_skipped_steps is the limit)",
+                      run->guard.max_skipped_steps, (unsigned long long)t->state.step);
+        if (ok && t->validation.num_rows > 0 && is_due(run->eval.every, t->state.step, last))
+            ok = report_evaluation(t, err);
+        if (ok && run->sample.every > 0 && is_due(run->sample.every, t->state.step, last))
+            ok = report_samples(t, err);
+        if (ok && is_due(run->checkpoint.every, t->state.step, last)) {
+            saved = save(t, config_json, err);
+            // a full disk must not end a run that may go on for days: say it, keep training, try again later
+            if (!saved && !last) {
+                fprintf(stderr, "warning: no checkpoint at step %llu: %s\n", (unsigned long long)t->state.step,
+                        err->text);
+                *err = (Error){0};
+            } else ok = saved;
+        }
+    }
+    prefetch_stop(&prefetch);
+    if (ok && stop_signal != 0 && !saved) ok = save(t, config_json, err);
+    return ok;
+}
+
+// What a run looks like before its first step: enough to see a wrong tokenizer, a wrong shard, a wrong size.
+static void print_start(const Trainer* t, bool resumed) {
+    config_print(&t->run, stdout);
+    dataloader_describe(&t->train, stdout);
+    if (t->validation.num_rows > 0) dataloader_describe(&t->validation, stdout);
+    if (t->run.data.tokenizer[0] == '\0') return;
+    int T = t->run.batch.sequence_length;
+    int32_t* row = malloc_check((size_t)(T + 1) * sizeof *row);
+    Error ignored = {0};
+    if (dataloader_row(&t->train, t->state.rows, row, &ignored)) {
+        printf("---- the data, decoded: row %llu begins\n", (unsigned long long)t->state.rows);
+        for (int i = 0; i < T && i < 60; i++) {
+            size_t size;
+            const char* bytes = token_bytes(&t->tokenizer, (uint32_t)row[i], &size);
+            print_escaped(stdout, bytes, size);
+        }
+        printf("\n----\n");
+    }
+    free(row);
+    if (resumed)
+        printf("resumed at step %llu, after %llu tokens\n", (unsigned long long)t->state.step,
+               (unsigned long long)t->state.tokens);
+}
+
+static void log_start(Trainer* t, bool resumed, const char* config_json) {
+    String line = event_begin(resumed ? "resume" : "start", t->state.step);
+    event_text(&line, "version", VERSION);
+    event_number(&line, "parameters", (double)model_num_parameters(&t->run.model));
+    event_number(&line, "threads", omp_get_max_threads());
+    string_append(&line, ",\"config\":%s", config_json);
+    event_end(&t->metrics, &line);
+}
+
+static bool command_train(Trainer* t, const char* argument, Error* err) {
+    (void)argument;
+    RunConfig* run = &t->run;
+    if (!make_directories(run->log.run_dir, err) || !open_data(t, true, err)) return false;
+    if (run->sample.every > 0 && run->data.tokenizer[0] == '\0')
+        return fail(err, EXIT_CONFIG, "sample.every is %d but data.tokenizer is empty: name the tokenizer, or "
+                    "set sample.every to 0", run->sample.every);
+    gpt_create(&t->gpt, &run->model, run->batch.micro_batch_size, run->batch.sequence_length,
+               run->precision.compute, true);
+    create_batch(t);
+    bool resumed = false;
+    if (!load_or_init(t, &resumed, err)) return false;
+    String config_json = {NULL, 0, 0};
+    config_write_json(run, &config_json);
+    char path[PATH_MAX];
+    bool ok = path_join(path, run->log.run_dir, "run_config.json", err) &&
+              replace_file(path, config_json.data, config_json.size, err) &&
+              metrics_open(&t->metrics, run->log.run_dir, err);
+    if (ok) {
+        print_start(t, resumed);
+        log_start(t, resumed, config_json.data);
+        signal(SIGINT, on_signal), signal(SIGTERM, on_signal);
+        ok = train_loop(t, config_json.data, err);
+    }
+    if (ok) {
+        String line = event_begin("stop", t->state.step);
+        event_text(&line, "reason", stop_signal != 0 ? "signal" : "done");
+        event_end(&t->metrics, &line);
+        if (stop_signal != 0)
+            fail(err, EXIT_STOPPED, "stopped by signal %d after saving step %llu; the same command goes on from there",
+                 (int)stop_signal, (unsigned long long)t->state.step);
+        else
+            printf("done: step %llu; model directory %s/checkpoints/step_%08llu\n",
+                   (unsigned long long)t->state.step, run->log.run_dir, (unsigned long long)t->state.step);
+    }
+    metrics_close(&t->metrics);
+    free(config_json.data);
+    return ok && stop_signal == 0;
+}
+
+// Opens what evaluating, sampling and exporting need: a model without room for a backward pass.
+static bool open_model(Trainer* t, int B, int T, Error* err) {
+    gpt_create(&t->gpt, &t->run.model, B, T, t->run.precision.compute, false);
+    create_batch(t);
+    return load_weights(t, err);
+}
+
+static bool command_eval(Trainer* t, const char* argument, Error* err) {
+    (void)argument;
+    Evaluation e;
+    if (t->run.data.validation[0] == '\0')
+        return fail(err, EXIT_CONFIG, "data.validation is empty: eval needs the shards to evaluate on");
+    if (!open_data(t, false, err)) return false;
+    if (!open_model(t, t->run.batch.micro_batch_size, t->run.batch.sequence_length, err)) return false;
+    if (!evaluate(t, &e, err)) return false;
+    printf("{\"step\":%llu,\"tokens\":%llu,\"loss\":%.9g,\"perplexity\":%.9g", (unsigned long long)t->state.step,
+           (unsigned long long)e.tokens, e.loss, e.perplexity);
+    if (isfinite(e.bits_per_byte)) printf(",\"bits_per_byte\":%.9g", e.bits_per_byte);
+    printf("}\n");
+    return true;
+}
+
+static bool command_sample(Trainer* t, const char* argument, Error* err) {
+    (void)argument;
+    if (t->run.data.tokenizer[0] == '\0')
+        return fail(err, EXIT_CONFIG, "data.tokenizer is empty: sample needs it to read and write text");
+    if (!tokenizer_load(&t->tokenizer, t->run.data.tokenizer, err) || !open_model(t, 1, 1, err)) return false;
+    for (int i = 0; i < t->run.sample.num_samples; i++) {
+        String text = {NULL, 0, 0};
+        if (!generate(t, i, &text, err)) return false;
+        if (i > 0) printf("----\n");
+        print_escaped(stdout, text.data != NULL ? text.data : "", text.size);
+        printf("\n");
+        free(text.data);
+    }
+    return true;
+}
+
+static bool command_export(Trainer* t, const char* argument, Error* err) {
+    if (!open_model(t, 1, 1, err)) return false;
+    CheckpointData data = checkpoint_data(t);
+    data.m = data.v = NULL;
+    if (!checkpoint_export(argument, &data, err)) return false;
+    printf("wrote the model of step %llu to %s\n", (unsigned long long)t->state.step, argument);
+    return true;
+}
+
+// FLOP/s of this model's largest block matmul, on this machine, now.
+static double measure_matmul_rate(const ModelConfig* c, int rows, int compute) {
+    int C = c->hidden_size, FC = (int)model_dim(c, DIM_FC);
+    size_t inp_size = (size_t)rows * (size_t)C, weight_size = (size_t)FC * (size_t)C;
+    size_t scratch_bytes = matmul_scratch_bytes(compute, rows, C, FC), out_size = (size_t)rows * (size_t)FC;
+    real* inp = aligned_zeros((inp_size + weight_size + out_size) * sizeof(real) + 64 + scratch_bytes);
+    real *weight = inp + inp_size, *out = weight + weight_size;
+    Matmul mm;
+    matmul_init(&mm, compute, (char*)inp + ((inp_size + weight_size + out_size) * sizeof(real) + 63) / 64 * 64,
+                scratch_bytes);
+    double best = 0, begin = seconds_now();
+    for (int i = 0; i < 3 || seconds_now() - begin < 0.2; i++) {
+        double start = seconds_now();
+        matmul_forward(out, inp, weight, NULL, rows, C, FC, &mm);
+        best = fmax(best, 2.0 * rows * C * FC / (seconds_now() - start));
+    }
+    matmul_free(&mm);
+    free(inp);
+    return best;
+}
+
+// Bytes read and written a second by all threads, on arrays far larger than the caches.
+static double measure_copy_rate(void) {
+    enum { SIZE = 1 << 27 };
+    char* memory = aligned_zeros(2 * (size_t)SIZE);
+    double best = 0;
+    for (int i = 0; i < 3; i++) {
+        double start = seconds_now();
+#pragma omp parallel for schedule(static)
+        for (int part = 0; part < 128; part++)
+            memcpy(memory + SIZE + part * (SIZE / 128), memory + part * (SIZE / 128), SIZE / 128);
+        best = fmax(best, 2.0 * SIZE / (seconds_now() - start));
+    }
+    free(memory);
+    return best;
+}
+
+static bool command_plan(Trainer* t, const char* argument, Error* err) {
+    (void)argument;
+    const RunConfig* run = &t->run;
+    size_t bytes[NUM_MEMORY_CLASSES];
+    int B = run->batch.micro_batch_size, T = run->batch.sequence_length;
+    gpt_plan(&run->model, B, T, run->precision.compute, true, bytes);
+    Plan plan = {.run = run, .num_memory = NUM_MEMORY_CLASSES, .memory_names = memory_class_names,
+                 .memory_bytes = bytes, .threads = omp_get_max_threads()};
+    plan.matmul_rate = measure_matmul_rate(&run->model, B * T < 1024 ? B * T : 1024, run->precision.compute);
+    plan.copy_rate = measure_copy_rate();
+    if (run->data.num_sources > 0) {
+        if (!dataloader_open(&t->train, run->data.sources, run->data.num_sources, T,
+                             (uint32_t)run->model.vocab_size, run->seed, true, err))
+            return false;
+        plan.train_tokens = t->train.num_tokens;
+    }
+    plan_print(&plan, stdout);
+    return true;
+}
+
+// ----------------------------------------------------------------------------
+// the command line
+
+typedef struct {
+    const char* name;
+    bool (*run)(Trainer*, const char* argument, Error*);
+    const char* argument; // what stands behind RUN.json; NULL: nothing
+    const char* does;
+} Command;
+
+static const Command commands[] = {
+    {"train", command_train, NULL, "train, or resume if a checkpoint is there (the word may be left out)"},
+    {"plan", command_plan, NULL, "say what it would take: parameters, FLOPs, memory, time"},
+    {"eval", command_eval, NULL, "loss, perplexity and bits per byte on data.validation, as JSON"},
+    {"sample", command_sample, NULL, "generate text from sample.prompt"},
+    {"export", command_export, "OUT_DIR", "write a Hugging Face model directory"},
+};
+enum { NUM_COMMANDS = sizeof commands / sizeof commands[0] };
+
+static void print_usage(FILE* out, const char* program) {
+    fprintf(out, "usage: %s [COMMAND] RUN.json [section.key=value ...]\n\n", program);
+    for (int i = 0; i < NUM_COMMANDS; i++)
+        fprintf(out, "  %-6s RUN.json %-8s %s\n", commands[i].name,
+                commands[i].argument != NULL ? commands[i].argument : "", commands[i].does);
+    fprintf(out, "  checkpoint verify|info|diff DIR [DIR]   check, describe or compare checkpoints\n"
+                 "  help config                             every key of a run config, as a table\n\n"
+                 "exit codes: 0 done, 64 usage, 65 damaged data, 66 missing file, 70 diverged or internal,\n"
+                 "            71 out of memory, 73 cannot create, 74 I/O error, 75 stopped by a signal after\n"
+                 "            saving (run again to go on), 78 run config\n");
+}
+
+static int run_checkpoint_command(int argc, char** argv) {
+    if (argc == 2 && strcmp(argv[0], "verify") == 0) return checkpoint_verify(argv[1]);
+    if (argc == 2 && strcmp(argv[0], "info") == 0) return checkpoint_info(argv[1]);
+    if (argc == 3 && strcmp(argv[0], "diff") == 0) return checkpoint_diff(argv[1], argv[2]);
+    fprintf(stderr, "error: checkpoint takes: verify DIR, info DIR, or diff DIR DIR\n");
+    return EXIT_USAGE;
+}
+
+int main(int argc, char** argv) {
+    const char* program = argv[0];
+    if (argc >= 2 && (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0 || strcmp(argv[1], "help") == 0)) {
+        if (argc == 3 && strcmp(argv[2], "config") == 0) config_print_reference(stdout);
+        else print_usage(stdout, program);
+        return EXIT_OK;
+    }
+    if (argc == 2 && strcmp(argv[1], "--version") == 0) {
+        printf("pretrain.c %s\n", VERSION);
+        return EXIT_OK;
+    }
+    if (argc >= 2 && strcmp(argv[1], "checkpoint") == 0) return run_checkpoint_command(argc - 2, argv + 2);
+    const Command* command = &commands[0];
+    argc--, argv++;
+    for (int i = 0; argc > 0 && i < NUM_COMMANDS; i++) {
+        if (strcmp(argv[0], commands[i].name) != 0) continue;
+        command = &commands[i];
+        argc--, argv++;
+        break;
+    }
+    int needed = command->argument != NULL ? 2 : 1;
+    if (argc < needed) {
+        print_usage(stderr, program);
+        return EXIT_USAGE;
+    }
+    static Trainer trainer; // a megabyte of config does not belong on the stack
+    Error err = {0};
+    trainer.bits_per_byte = NAN;
+    if (!config_load(&trainer.run, argv[0], argc - needed, argv + needed, &err)) exit_with(&err);
+    if (trainer.run.parallel.threads > 0) omp_set_num_threads(trainer.run.parallel.threads);
+    bool ok = command->run(&trainer, needed == 2 ? argv[1] : NULL, &err);
+    trainer_close(&trainer);
+    if (!ok) exit_with(&err);
+    return EXIT_OK;
+}
+#endif
