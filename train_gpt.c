@@ -14,11 +14,10 @@
 // Shapes: B sequences, T positions, N = B * T rows, C hidden size, V vocabulary (Vp padded), L layers, NH query
 // heads, NKV key/value heads, HS head size, Q = NH * HS, QKV = Q + 2 * NKV * HS, FF feed-forward size,
 // FC = FF, or 2 FF where a gate lies beside it. A gradient's name is its tensor's with a d in front.
-#include <omp.h>
-#include <signal.h>
-
 #include "llmc/checkpoint.h"    // defines: CheckpointData, TrainState, checkpoint_save, checkpoint_load ...
-#include "llmc/config.h"        // defines: RunConfig, config_load, config_print
+#include "llmc/checkpoint_tool.h" // defines: checkpoint_verify, checkpoint_info, checkpoint_diff
+#include "llmc/config.h"        // defines: RunConfig, config_load
+#include "llmc/config_print.h"  // defines: config_print, config_write_json, config_print_reference
 #include "llmc/dataloader.h"    // defines: DataLoader, Prefetch, dataloader_row, document_starts
 #include "llmc/flops.h"         // defines: flops_per_token
 #include "llmc/guard.h"         // defines: guard_accepts
@@ -30,7 +29,11 @@
 #include "llmc/rope.h"          // defines: rope_table
 #include "llmc/sampler.h"       // defines: sample_token
 #include "llmc/schedule.h"      // defines: learning_rate
-#include "llmc/tokenizer.h"     // defines: Tokenizer, Encoder, encode, token_bytes
+#include "llmc/tokenizer.h"       // defines: Tokenizer, Encoder, encode, token_bytes
+#include "llmc/tokenizer_files.h" // defines: tokenizer_load
+
+#include <omp.h>
+#include <signal.h>
 
 // ----------------------------------------------------------------------------
 // memory
@@ -448,6 +451,7 @@ typedef struct {
     Tokenizer tokenizer;
     DataLoader train, validation;
     int *inputs, *targets, *doc_start; // (B, T) of the current micro-batch
+    int eot_id;                        // begins every document in the shards; -1: not known
     TrainState state;
     Metrics metrics;
     double bits_per_byte; // of the last evaluation; NaN before the first
@@ -528,19 +532,46 @@ static bool load_or_init(Trainer* t, bool* resumed, Error* err) {
     return checkpoint_load(t->run.checkpoint.load_from, &data, err);
 }
 
+static bool open_train(Trainer* t, Error* err) {
+    const RunConfig* run = &t->run;
+    DataSource sources[MAX_DATA_SOURCES];
+    for (int i = 0; i < run->data.num_sources; i++) {
+        const DataSourceConfig* s = &run->data.sources[i];
+        sources[i] = (DataSource){s->name, s->path, s->weight};
+    }
+    return dataloader_open(&t->train, sources, run->data.num_sources, run->batch.sequence_length,
+                           (uint32_t)run->model.vocab_size, run->seed, true, err);
+}
+
+// Two loaders, or a loader and the tokenizer, must speak the same tokens: hashes are compared where both are known.
+static bool same_tokenizer(const uint64_t a[2], const uint64_t b[2], const char* what, Error* err) {
+    if ((a[0] | a[1]) == 0 || (b[0] | b[1]) == 0 || (a[0] == b[0] && a[1] == b[1])) return true;
+    return fail(err, EXIT_CONFIG, "%s: another tokenizer (hash %016llx%016llx) than the data were encoded with "
+                "(%016llx%016llx); encode the data anew or name their tokenizer.json", what,
+                (unsigned long long)a[1], (unsigned long long)a[0], (unsigned long long)b[1],
+                (unsigned long long)b[0]);
+}
+
 static bool open_data(Trainer* t, bool training, Error* err) {
     const RunConfig* run = &t->run;
     uint32_t vocab_size = (uint32_t)run->model.vocab_size;
     int T = run->batch.sequence_length;
     DataSource validation = {"validation", run->data.validation, 1.0};
-    if (training && !dataloader_open(&t->train, run->data.sources, run->data.num_sources, T, vocab_size,
-                                     run->seed, true, err))
-        return false;
+    if (training && !open_train(t, err)) return false;
     if (run->data.validation[0] != '\0' &&
         !dataloader_open(&t->validation, &validation, 1, T, vocab_size, 0, false, err))
         return false;
-    if (run->data.tokenizer[0] != '\0' && !tokenizer_load(&t->tokenizer, run->data.tokenizer, err)) return false;
-    return true;
+    const DataLoader* loader = training ? &t->train : &t->validation;
+    if (!same_tokenizer(t->validation.tokenizer_hash, loader->tokenizer_hash, "data.validation", err)) return false;
+    t->eot_id = loader->eot_id;
+    if (run->data.document_mask && t->eot_id < 0)
+        return fail(err, EXIT_CONFIG, "data.document_mask is true but the shards do not say which token begins a "
+                    "document: encode them with `corpus encode`, or set it to false");
+    if (run->data.tokenizer[0] == '\0') return true;
+    if (!tokenizer_load(&t->tokenizer, run->data.tokenizer, err)) return false;
+    TokenizerHash hash = tokenizer_hash(&t->tokenizer);
+    uint64_t words[2] = {hash.low, hash.high};
+    return same_tokenizer(words, loader->tokenizer_hash, run->data.tokenizer, err);
 }
 
 static void trainer_close(Trainer* t) {
@@ -567,14 +598,14 @@ static void split_rows(Trainer* t, const int32_t* rows, int B) {
         size_t at = (size_t)b * (size_t)T;
         memcpy(t->inputs + at, row, (size_t)T * sizeof(int));
         memcpy(t->targets + at, row + 1, (size_t)T * sizeof(int));
-        if (t->run.data.document_mask) document_starts(t->doc_start + at, row, T, t->run.model.eos_token_id);
+        if (t->run.data.document_mask) document_starts(t->doc_start + at, row, T, t->eot_id);
     }
 }
 
 // Mean loss over the validation set, or over its first eval.batches micro-batches.
 static bool evaluate(Trainer* t, Evaluation* e, Error* err) {
     int B = t->gpt.B, T = t->gpt.T;
-    uint64_t num_rows = t->validation.num_rows, limit = (uint64_t)t->run.eval.batches * (uint64_t)B;
+    uint64_t num_rows = t->validation.rows, limit = (uint64_t)t->run.eval.batches * (uint64_t)B;
     if (limit != 0 && limit < num_rows) num_rows = limit;
     int32_t* rows = malloc_check((size_t)B * (size_t)(T + 1) * sizeof *rows);
     double loss = 0, byte_loss = 0, bytes = 0;
@@ -609,7 +640,7 @@ static bool generate(Trainer* t, int number, String* out, Error* err) {
     Tokens tokens = {0};
     Encoder encoder;
     encoder_init(&encoder, &t->tokenizer);
-    if (eot >= 0) tokens_push(&tokens, (uint32_t)eot); // a document begins with it, in our shards
+    if (eot >= 0) tokens_append(&tokens, &(uint32_t){(uint32_t)eot}, 1); // a document begins with it, in our shards
     encode(&encoder, run->sample.prompt, strlen(run->sample.prompt), &tokens);
     encoder_free(&encoder);
     if (tokens.size == 0 || tokens.size >= (size_t)room) {
@@ -633,7 +664,7 @@ static bool generate(Trainer* t, int number, String* out, Error* err) {
         int next = sample_token(decoder.logits, V, run->sample.temperature, run->sample.top_k, run->sample.top_p,
                                 u, candidates);
         if (next == eot) break;
-        tokens_push(&tokens, (uint32_t)next);
+        tokens_append(&tokens, &(uint32_t){(uint32_t)next}, 1);
     }
     free(candidates), free(tokens.data);
     decoder_free(&decoder);
@@ -679,7 +710,7 @@ static void report_step(Trainer* t, const StepResult* r, double seconds_per_step
     double tokens = (double)run->batch.global_batch_size * run->batch.sequence_length;
     double rate = tokens / seconds_per_step;
     double gflops = rate * flops_per_token(&run->model, run->batch.sequence_length, FLOPS_CAUSAL) / 1e9;
-    char left[16], bpb[16] = "-";
+    char left[24], bpb[16] = "-";
     format_duration(left, (double)((uint64_t)run->schedule.max_steps - t->state.step) * seconds_per_step);
     if (isfinite(t->bits_per_byte)) snprintf(bpb, sizeof bpb, "%.4f", t->bits_per_byte);
     printf("step %6llu/%d | loss %8.4f | val bpb %s | norm %7.3f | lr %.2e | %8.0f tok/s | %6.1f GFLOP/s | left %s%s\n",
@@ -758,7 +789,8 @@ static bool train_loop(Trainer* t, const char* config_json, Error* err) {
     int rows_per_step = run->batch.global_batch_size;
     uint64_t max_steps = (uint64_t)run->schedule.max_steps;
     if (t->state.step >= max_steps) return true;
-    prefetch_start(&prefetch, &t->train, t->state.rows, (uint64_t)rows_per_step, 0, rows_per_step, 2);
+    if (!prefetch_start(&prefetch, &t->train, t->state.rows, (uint64_t)rows_per_step, 0, rows_per_step, 2, err))
+        return false;
     double smoothed = 0; // seconds a step: the mean at first, then an exponential average over about 20
     bool ok = true, saved = false;
     for (uint64_t done = 1; ok && stop_signal == 0 && t->state.step < max_steps; done++) {
@@ -779,7 +811,7 @@ static bool train_loop(Trainer* t, const char* config_json, Error* err) {
                       "%llu; lower optimizer.learning_rate or look at the data, and resume from the last "
                       "checkpoint (guard.max_skipped_steps is the limit)",
                       run->guard.max_skipped_steps, (unsigned long long)t->state.step);
-        if (ok && t->validation.num_rows > 0 && is_due(run->eval.every, t->state.step, last))
+        if (ok && t->validation.rows > 0 && is_due(run->eval.every, t->state.step, last))
             ok = report_evaluation(t, err);
         if (ok && run->sample.every > 0 && is_due(run->sample.every, t->state.step, last))
             ok = report_samples(t, err);
@@ -802,7 +834,7 @@ static bool train_loop(Trainer* t, const char* config_json, Error* err) {
 static void print_start(const Trainer* t, bool resumed) {
     config_print(&t->run, stdout);
     dataloader_describe(&t->train, stdout);
-    if (t->validation.num_rows > 0) dataloader_describe(&t->validation, stdout);
+    if (t->validation.rows > 0) dataloader_describe(&t->validation, stdout);
     if (t->run.data.tokenizer[0] == '\0') return;
     int T = t->run.batch.sequence_length;
     int32_t* row = malloc_check((size_t)(T + 1) * sizeof *row);
@@ -956,7 +988,7 @@ static double measure_copy_rate(void) {
 }
 
 static bool command_plan(Trainer* t, const char* argument, Error* err) {
-    (void)argument;
+    (void)argument, (void)err;
     const RunConfig* run = &t->run;
     size_t bytes[NUM_MEMORY_CLASSES];
     int B = run->batch.micro_batch_size, T = run->batch.sequence_length;
@@ -965,12 +997,10 @@ static bool command_plan(Trainer* t, const char* argument, Error* err) {
                  .memory_bytes = bytes, .threads = omp_get_max_threads()};
     plan.matmul_rate = measure_matmul_rate(&run->model, B * T < 1024 ? B * T : 1024, run->precision.compute);
     plan.copy_rate = measure_copy_rate();
-    if (run->data.num_sources > 0) {
-        if (!dataloader_open(&t->train, run->data.sources, run->data.num_sources, T,
-                             (uint32_t)run->model.vocab_size, run->seed, true, err))
-            return false;
-        plan.train_tokens = t->train.num_tokens;
-    }
+    // a plan is made before there are data, too: without them it says nothing about epochs
+    Error no_data = {0};
+    if (open_train(t, &no_data)) plan.train_tokens = t->train.tokens;
+    else fprintf(stderr, "note: %s\n", no_data.text);
     plan_print(&plan, stdout);
     return true;
 }

@@ -282,21 +282,35 @@ static inline void attention_decode(real* out, const real* q, const real* k_cach
     real scale = (real)(1 / sqrt((double)HS));
 #pragma omp parallel for schedule(static)
     for (int h = 0; h < NH; h++) {
-        size_t head = (size_t)(h * HS), kv = (size_t)(h / (NH / NKV)) * (size_t)HS;
-        real max = ATTENTION_MASKED, sum = 0;
-        memset(out + head, 0, (size_t)HS * sizeof(real));
-        for (int t = 0; t < length; t++) {
-            const real *k = k_cache + (size_t)t * stride + kv, *v = v_cache + (size_t)t * stride + kv;
-            real score = 0;
+        size_t kv = (size_t)(h / (NH / NKV)) * (size_t)HS;
+        const real* query = q + (size_t)h * (size_t)HS;
+        real *o = out + (size_t)h * (size_t)HS, max = ATTENTION_MASKED, sum = 0, p[KEY_TILE];
+        memset(o, 0, (size_t)HS * sizeof(real));
+        for (int first = 0; first < length; first += KEY_TILE) {
+            int keys = length - first < KEY_TILE ? length - first : KEY_TILE;
+            real new_max = max;
+            for (int j = 0; j < keys; j++) {
+                const real* k = k_cache + (size_t)(first + j) * stride + kv;
+                real score = 0;
 #pragma omp simd reduction(+ : score)
-            for (int c = 0; c < HS; c++) score += q[head + (size_t)c] * k[c];
-            score *= scale;
-            real new_max = score > max ? score : max;
-            real shrink = exp_real(max - new_max), p = exp_real(score - new_max);
-            for (int c = 0; c < HS; c++) out[head + (size_t)c] = out[head + (size_t)c] * shrink + p * v[c];
-            sum = sum * shrink + p;
+                for (int c = 0; c < HS; c++) score += query[c] * k[c];
+                p[j] = score * scale;
+                new_max = p[j] > new_max ? p[j] : new_max;
+            }
+            real shrink = exp_real(max - new_max), total = 0;
+#pragma omp simd reduction(+ : total)
+            for (int j = 0; j < keys; j++) {
+                p[j] = exp_real(p[j] - new_max);
+                total += p[j];
+            }
+            for (int c = 0; c < HS; c++) o[c] *= shrink;
+            for (int j = 0; j < keys; j++) {
+                const real* v = v_cache + (size_t)(first + j) * stride + kv;
+                for (int c = 0; c < HS; c++) o[c] += p[j] * v[c];
+            }
+            sum = sum * shrink + total;
             max = new_max;
         }
-        for (int c = 0; c < HS; c++) out[head + (size_t)c] /= sum;
+        for (int c = 0; c < HS; c++) o[c] /= sum;
     }
 }

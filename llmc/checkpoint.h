@@ -1,4 +1,30 @@
-// (being written) the API:
+// Checkpoints that can be trusted, and that other tools open as they stand.
+//
+//     checkpoints/
+//       step_00001000/                        complete: the rename that gave it this name was the commit
+//         config.json  generation_config.json what transformers, vLLM and others read
+//         model.safetensors                   the fp32 weights, which are the optimizer's master weights too
+//         tokenizer.json  tokenizer_config.json
+//         optim-00001-of-00001.safetensors    AdamW's moments, by global tensor name and element range
+//         run_config.json                     the resolved run config
+//         state.json                          TrainState
+//         manifest.json                       size and hash of every file above, and of itself; written last
+//       step_00001500.tmp/                    being written, or left by a crash: removed at the next start
+//       step_00000500.delete/                 being removed
+//       step_00000900.bad/                    found damaged and set aside; never touched again
+//
+// A save: write into .tmp (every file hashed in memory, written, fsynced), manifest, fsync the directory,
+// rename, fsync the parent. Killed at any point, the previous checkpoint is whole and the next save works.
+// A load verifies every hash of what it uses and falls back to the next older checkpoint in the same call.
+// One process at a time writes a directory of checkpoints; others may read meanwhile (flock tells them
+// apart).
+#pragma once
+#include "llmc/hashed_file.h"    // defines: directory_sync, directory_remove, free_space_check
+#include "llmc/manifest.h"       // defines: Manifest, manifest_load, manifest_write, manifest_find
+#include "llmc/model_files.h"    // defines: model_files_write, model_weights_read, model_config_check
+#include "llmc/stored_tensors.h" // defines: stored_moments, tensors_write, tensors_read, stored_complete
+#include <sys/file.h>
+
 typedef struct {
     uint64_t step;                // optimizer steps done
     uint64_t tokens;              // seen so far
@@ -10,19 +36,406 @@ typedef struct {
 
 typedef struct {
     const ModelConfig* model;
-    float* params;              // (num_parameters), laid out by parameter_layout; fp32, the master weights
-    float *m, *v;               // the same, AdamW's moments; NULL: the model alone
+    float* params; // (num_parameters), laid out by parameter_layout
+    float *m, *v;  // the same, AdamW's moments; NULL: the model alone
     TrainState state;
-    const char* config_json;    // the resolved run config, stored as run_config.json; not read back
-    const char* tokenizer_path; // a tokenizer.json to store with the model, "" or NULL: none; not read back
+    const char* config_json; // the resolved run config, stored as run_config.json; NULL: none; not read back
+    const char* tokenizer_path; // a tokenizer.json to store with the model; NULL or "": none; not read back
 } CheckpointData;
 
-bool checkpoint_save(const char* checkpoints_dir, const CheckpointData* data, int keep_last,
-                     uint64_t permanent_every, Error* err);
-bool checkpoint_load_newest(const char* checkpoints_dir, CheckpointData* into, bool* found, Error* err);
-bool checkpoint_load(const char* dir, CheckpointData* into, Error* err);
-bool checkpoint_export(const char* dir, const CheckpointData* data, Error* err);
-// llmc/checkpoint_tool.h: print to stdout / stderr, return the exit code
-int checkpoint_verify(const char* dir);
-int checkpoint_info(const char* dir);
-int checkpoint_diff(const char* a, const char* b);
+// ----------------------------------------------------------------------------
+// state.json: a loop over this table
+
+typedef struct {
+    const char* name;
+    size_t offset;
+    bool hex; // 64 bits, which JSON's numbers do not hold: written as a string of 16 digits
+} TrainStateField;
+
+static const TrainStateField train_state_fields[] = {
+    {"step", offsetof(TrainState, step), false},
+    {"tokens", offsetof(TrainState, tokens), false},
+    {"rows", offsetof(TrainState, rows), false},
+    {"data_fingerprint", offsetof(TrainState, data_fingerprint), true},
+    {"skipped_steps", offsetof(TrainState, skipped_steps), false},
+    {"consecutive_skipped", offsetof(TrainState, consecutive_skipped), false},
+};
+enum { NUM_TRAIN_STATE_FIELDS = sizeof train_state_fields / sizeof train_state_fields[0] };
+
+static inline uint64_t* train_state_field(TrainState* state, int i) {
+    return (uint64_t*)(void*)((char*)state + train_state_fields[i].offset);
+}
+
+static inline void train_state_write(TrainState state, String* out) {
+    for (int i = 0; i < NUM_TRAIN_STATE_FIELDS; i++) {
+        unsigned long long value = *train_state_field(&state, i);
+        string_append(out, "%s\n  \"%s\": ", i == 0 ? "{" : ",", train_state_fields[i].name);
+        if (train_state_fields[i].hex)
+            string_append(out, "\"%016llx\"", value);
+        else
+            string_append(out, "%llu", value);
+    }
+    string_append(out, "\n}\n");
+}
+
+static inline bool hex64_from_json(const cJSON* item, uint64_t* value) {
+    if (!cJSON_IsString(item) || strspn(item->valuestring, "0123456789abcdef") != 16) return false;
+    *value = strtoull(item->valuestring, NULL, 16);
+    return item->valuestring[16] == '\0';
+}
+
+static inline bool train_state_parse(TrainState* state, const char* text, const char* where, Error* err) {
+    cJSON* json = cJSON_ParseWithOpts(text, NULL, 1);
+    bool ok = cJSON_GetArraySize(json) == NUM_TRAIN_STATE_FIELDS ||
+              fail(err, EXIT_BAD_DATA, "%s must have %d fields", where, NUM_TRAIN_STATE_FIELDS);
+    for (int i = 0; ok && i < NUM_TRAIN_STATE_FIELDS; i++) {
+        const TrainStateField* field = &train_state_fields[i];
+        const cJSON* item = cJSON_GetObjectItemCaseSensitive(json, field->name);
+        uint64_t* value = train_state_field(state, i);
+        ok = (field->hex ? hex64_from_json(item, value) : safetensors_integer(item, value)) ||
+             fail(err, EXIT_BAD_DATA, "%s: %s is missing or not a number", where, field->name);
+    }
+    cJSON_Delete(json);
+    return ok;
+}
+
+static inline bool train_state_load(TrainState* state, const char* dir, Error* err) {
+    char path[PATH_MAX];
+    size_t size;
+    if (!path_join(path, dir, "state.json", err)) return false;
+    char* text = read_file(path, 1 << 16, &size, err);
+    bool ok = text != NULL && train_state_parse(state, text, path, err);
+    free(text);
+    return ok;
+}
+
+// ----------------------------------------------------------------------------
+// the directory of checkpoints
+
+// "step_00001000" and what follows; NULL for a name that no checkpoint ever has.
+static inline const char* step_parse(const char* name, uint64_t* step) {
+    if (strncmp(name, "step_", 5) != 0) return NULL;
+    size_t digits = strspn(name + 5, "0123456789");
+    if (digits < 8 || digits > 19 || (digits > 8 && name[5] == '0')) return NULL;
+    *step = strtoull(name + 5, NULL, 10);
+    return name + 5 + digits;
+}
+
+static inline bool step_path(char out[PATH_MAX], const char* dir, uint64_t step, const char* suffix,
+                             Error* err) {
+    char name[64];
+    snprintf(name, sizeof name, "step_%08llu%s", (unsigned long long)step, suffix);
+    return path_join(out, dir, name, err);
+}
+
+typedef struct {
+    uint64_t* steps; // complete checkpoints, newest first
+    int count;
+    int set_aside; // how many were found damaged, now or earlier
+} StepList;
+
+static inline int newest_first(const void* a, const void* b) {
+    uint64_t s = *(const uint64_t*)a, t = *(const uint64_t*)b;
+    return s < t ? 1 : s > t ? -1 : 0;
+}
+
+// Lists what is in the directory; with clean, first removes what a killed save or removal left there.
+// A directory that does not exist holds nothing. Caller frees .steps, also after a failure.
+static inline bool steps_list(const char* path, bool clean, StepList* list, Error* err) {
+    memset(list, 0, sizeof *list);
+    DIR* dir = opendir(path);
+    if (dir == NULL)
+        return errno == ENOENT ||
+               fail(err, EXIT_NO_INPUT, "cannot open directory %s: %s", path, strerror(errno));
+    bool ok = true;
+    struct dirent* entry;
+    while (ok && (errno = 0, entry = readdir(dir)) != NULL) {
+        uint64_t step;
+        char full[PATH_MAX];
+        const char* suffix = step_parse(entry->d_name, &step);
+        if (suffix == NULL) continue;
+        if (suffix[0] == '\0') {
+            list->steps =
+                (uint64_t*)realloc_check(list->steps, (size_t)(list->count + 1) * sizeof *list->steps);
+            list->steps[list->count++] = step;
+        } else if (strncmp(suffix, ".bad", 4) == 0) {
+            list->set_aside++;
+        } else if (clean && (strcmp(suffix, ".tmp") == 0 || strcmp(suffix, ".delete") == 0)) {
+            Error warning = {0, {0}};
+            if (!path_join(full, path, entry->d_name, &warning) || !directory_remove(full, &warning))
+                fprintf(stderr, "warning: a left-over stays: %s\n", warning.text);
+        }
+    }
+    if (ok && errno != 0) ok = fail(err, EXIT_IO, "cannot list %s: %s", path, strerror(errno));
+    closedir(dir);
+    if (list->count > 0) qsort(list->steps, (size_t)list->count, sizeof *list->steps, newest_first);
+    return ok;
+}
+
+// The right to change the directory, held until the descriptor is closed; -1 when another process keeps it
+// for longer than `patience` seconds, or the directory cannot be opened. Who only loads holds it for an
+// instant. A filesystem without locks gives it to everybody.
+static inline int directory_lock(const char* path, double patience, Error* err) {
+    double deadline = seconds_now() + patience;
+    int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0) fail(err, EXIT_CANNOT_WRITE, "cannot open directory %s: %s", path, strerror(errno));
+    while (fd >= 0 && flock(fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK) {
+        if (seconds_now() < deadline) {
+            usleep(10000);
+            continue;
+        }
+        fail(err, EXIT_CANNOT_WRITE, "another process is writing checkpoints in %s", path);
+        close(fd);
+        fd = -1;
+    }
+    return fd;
+}
+
+// ----------------------------------------------------------------------------
+// saving
+
+enum { SAVE_PATIENCE = 10 }; // seconds
+
+static inline uint64_t checkpoint_bytes(const CheckpointData* data) {
+    struct stat st;
+    bool tokenizer = data->tokenizer_path != NULL && stat(data->tokenizer_path, &st) == 0;
+    uint64_t copies = data->m != NULL ? 3 : 1, slack = 1 << 20; // headers and small files
+    return copies * sizeof(float) * model_num_parameters(data->model) +
+           (tokenizer ? (uint64_t)st.st_size : 0) + slack;
+}
+
+// Everything of a checkpoint into the new directory dir, durably, the manifest last.
+static inline bool checkpoint_write(const char* dir, const CheckpointData* data, Error* err) {
+    if (mkdir(dir, 0777) != 0)
+        return fail(err, EXIT_CANNOT_WRITE, "cannot create %s: %s", dir, strerror(errno));
+    Manifest manifest = {NULL, 0};
+    String text = {NULL, 0, 0}, state = {NULL, 0, 0};
+    bool ok = free_space_check(dir, checkpoint_bytes(data), err) &&
+              model_files_write(dir, data->model, data->params, data->tokenizer_path, &manifest, err);
+    if (ok && data->m != NULL) {
+        StoredTensors moments = stored_moments(data->model, data->m, data->v);
+        ok = tensors_write(dir, "optim-00001-of-00001.safetensors", &moments, 0, moments.count, &manifest,
+                           err);
+        free(moments.tensors);
+    }
+    if (ok && data->config_json != NULL)
+        ok =
+            bytes_write(dir, "run_config.json", data->config_json, strlen(data->config_json), &manifest, err);
+    train_state_write(data->state, &state);
+    ok = ok && bytes_write(dir, "state.json", state.data, state.size, &manifest, err);
+    if (ok) manifest_write(&manifest, &text);
+    ok = ok && bytes_write(dir, manifest_name, text.data, text.size, NULL, err) && directory_sync(dir, err);
+    free(state.data);
+    free(text.data);
+    manifest_free(&manifest);
+    return ok;
+}
+
+// Gives a complete directory its name. One that has the name already is exchanged in the same instant, so
+// that there is no moment without a checkpoint of that step; it is then under the other name.
+static inline bool checkpoint_commit(const char* from, const char* to, Error* err) {
+    if (rename(from, to) == 0) return true;
+    if ((errno == ENOTEMPTY || errno == EEXIST) &&
+        renameat2(AT_FDCWD, from, AT_FDCWD, to, RENAME_EXCHANGE) == 0)
+        return true;
+    return fail(err, EXIT_IO, "cannot rename %s to %s: %s", from, to, strerror(errno));
+}
+
+// Removes the checkpoints that are neither among the keep_last newest, nor at a multiple of permanent_every
+// steps, nor the one of step `saved`. First the name goes, durably, then the files: what has the name is
+// whole.
+static inline bool checkpoint_prune(const char* dir, uint64_t saved, int keep_last, uint64_t permanent_every,
+                                    Error* err) {
+    StepList list;
+    char path[PATH_MAX], doomed[PATH_MAX];
+    bool ok = steps_list(dir, false, &list, err);
+    for (int i = keep_last > 1 ? keep_last : 1; ok && i < list.count; i++) {
+        uint64_t step = list.steps[i];
+        if (step == saved || (permanent_every != 0 && step % permanent_every == 0)) continue;
+        ok = step_path(path, dir, step, "", err) && step_path(doomed, dir, step, ".delete", err);
+        if (ok && rename(path, doomed) != 0)
+            ok = fail(err, EXIT_IO, "cannot rename %s: %s", path, strerror(errno));
+        ok = ok && directory_sync(dir, err) && directory_remove(doomed, err);
+    }
+    free(list.steps);
+    return ok;
+}
+
+// Saves into checkpoints_dir/step_N, N = data->state.step, then removes old checkpoints (checkpoint_prune).
+// On failure the older checkpoints are as they were, nothing half-written stays under the name of a
+// checkpoint, and training may go on. Old checkpoints that cannot be removed are only warned of: the new
+// one is safe.
+static inline bool checkpoint_save(const char* checkpoints_dir, const CheckpointData* data, int keep_last,
+                                   uint64_t permanent_every, Error* err) {
+    char path[PATH_MAX], temporary[PATH_MAX], parent[PATH_MAX];
+    StepList list = {NULL, 0, 0};
+    if (!step_path(path, checkpoints_dir, data->state.step, "", err) ||
+        !step_path(temporary, checkpoints_dir, data->state.step, ".tmp", err) ||
+        !path_join(parent, checkpoints_dir, "..", err) || !make_directories(checkpoints_dir, err))
+        return false;
+    int lock = directory_lock(checkpoints_dir, SAVE_PATIENCE, err);
+    if (lock < 0) return false;
+    bool ok = directory_sync(parent, err) && steps_list(checkpoints_dir, true, &list, err);
+    free(list.steps);
+    if (ok) {
+        Error ignored = {0, {0}};
+        ok = checkpoint_write(temporary, data, err) && checkpoint_commit(temporary, path, err);
+        if (!ok) directory_remove(temporary, &ignored);
+        ok = ok && directory_sync(checkpoints_dir, err);
+    }
+    if (ok) {
+        Error warning = {0, {0}};
+        if (access(temporary, F_OK) == 0) directory_remove(temporary, &warning); // what had the name before
+        checkpoint_prune(checkpoints_dir, data->state.step, keep_last, permanent_every, &warning);
+        if (warning.code != 0) fprintf(stderr, "warning: old checkpoints stay: %s\n", warning.text);
+    }
+    close(lock);
+    return ok;
+}
+
+// Writes a Hugging Face model directory, which must not exist yet or be empty: complete or not at all.
+static inline bool checkpoint_export(const char* dir, const CheckpointData* data, Error* err) {
+    char path[PATH_MAX], temporary[PATH_MAX], parent[PATH_MAX];
+    if (!path_join(path, dir, "", err)) return false;
+    for (size_t n = strlen(path); n > 1 && path[n - 1] == '/'; n--) path[n - 1] = '\0';
+    if (!path_join(parent, path, "..", err)) return false;
+    int n = snprintf(temporary, sizeof temporary, "%s.XXXXXX", path);
+    if (n < 0 || n >= (int)sizeof temporary) return fail(err, EXIT_USAGE, "path %s is too long", dir);
+    // Making it makes its parents; an empty directory is in nobody's way.
+    if (!make_directories(path, err)) return false;
+    if (rmdir(path) != 0)
+        return fail(err, EXIT_CANNOT_WRITE, "%s is there already: %s", path, strerror(errno));
+    if (mkdtemp(temporary) == NULL || chmod(temporary, 0755) != 0)
+        return fail(err, EXIT_CANNOT_WRITE, "cannot create %s: %s", temporary, strerror(errno));
+    Manifest manifest = {NULL, 0};
+    Error ignored = {0, {0}};
+    bool ok = free_space_check(temporary, checkpoint_bytes(data), err) &&
+              model_files_write(temporary, data->model, data->params, data->tokenizer_path, &manifest, err) &&
+              directory_sync(temporary, err);
+    if (ok && rename(temporary, path) != 0)
+        ok = fail(err, EXIT_CANNOT_WRITE, "cannot rename %s to %s: %s", temporary, path, strerror(errno));
+    if (!ok) directory_remove(temporary, &ignored);
+    ok = ok && path_join(parent, path, "..", err) && directory_sync(parent, err);
+    manifest_free(&manifest);
+    return ok;
+}
+
+// ----------------------------------------------------------------------------
+// loading
+
+// A checkpoint of ours. Where into->params is NULL nothing is kept: everything is verified, header by
+// header and hash by hash. With params and without m, the optimizer's files are not looked at.
+static inline bool checkpoint_read(const char* dir, CheckpointData* into, Error* err) {
+    Manifest manifest;
+    TrainState state;
+    if (!manifest_load(&manifest, dir, err)) return false;
+    bool ok = manifest_check_directory(&manifest, dir, err);
+    for (int i = 0; ok && i < manifest.count; i++)
+        if (!tensor_file_name(manifest.files[i].name)) ok = file_verify(dir, &manifest.files[i], err);
+    static const char* const needed[] = {"config.json", "state.json"};
+    for (size_t i = 0; ok && i < sizeof needed / sizeof needed[0]; i++)
+        ok = manifest_find(&manifest, needed[i]) != NULL ||
+             fail(err, EXIT_BAD_DATA, "%s: the manifest does not name %s", dir, needed[i]);
+    ok = ok && train_state_load(&state, dir, err) && model_config_check(dir, into->model, err) &&
+         model_weights_read(dir, into->model, into->params, &manifest, err);
+    if (ok && (into->params == NULL || into->m != NULL)) {
+        StoredTensors moments = stored_moments(into->model, into->m, into->v);
+        bool any = false;
+        for (int i = 0; ok && i < manifest.count; i++) {
+            const FileRecord* file = &manifest.files[i];
+            if (strncmp(file->name, "optim", 5) != 0 || !tensor_file_name(file->name)) continue;
+            any = true;
+            ok = tensors_read(dir, file->name, file, &moments, err);
+        }
+        if (any || into->m != NULL) ok = ok && stored_complete(&moments, dir, err);
+        if (ok && into->m != NULL) {
+            zero_vocabulary_padding(into->model, into->m);
+            zero_vocabulary_padding(into->model, into->v);
+        }
+        free(moments.tensors);
+    }
+    if (ok) into->state = state;
+    manifest_free(&manifest);
+    return ok;
+}
+
+// Loads one directory into params (and m and v where they are not NULL): a checkpoint, verified, or a model
+// directory of another program, which has no manifest; m, v and the state are then zero.
+// into->model must be the model that the directory's config.json describes (EXIT_CONFIG otherwise).
+// After a failure what params, m and v hold is of no use.
+static inline bool checkpoint_load(const char* dir, CheckpointData* into, Error* err) {
+    char manifest[PATH_MAX], state[PATH_MAX];
+    if (!path_join(manifest, dir, manifest_name, err) || !path_join(state, dir, "state.json", err))
+        return false;
+    if (access(manifest, F_OK) == 0) return checkpoint_read(dir, into, err);
+    if (access(state, F_OK) == 0)
+        return fail(err, EXIT_BAD_DATA, "%s is a checkpoint without %s: it cannot be verified", dir,
+                    manifest_name);
+    if (!model_config_check(dir, into->model, err) ||
+        !model_weights_read(dir, into->model, into->params, NULL, err))
+        return false;
+    size_t bytes = parameter_layout(into->model).num_parameters * sizeof(float);
+    if (into->m != NULL) memset(into->m, 0, bytes);
+    if (into->v != NULL) memset(into->v, 0, bytes);
+    memset(&into->state, 0, sizeof into->state);
+    return true;
+}
+
+// Renames a damaged checkpoint out of the way, to .bad, .bad.2, .bad.3 ...
+static inline void checkpoint_set_aside(const char* dir, uint64_t step, const char* path) {
+    char aside[PATH_MAX], suffix[16] = ".bad";
+    Error why = {0, {0}};
+    int lock = directory_lock(dir, 0, &why);
+    bool done = false;
+    for (int i = 2; lock >= 0 && !done && i < 100 && step_path(aside, dir, step, suffix, &why); i++) {
+        done = rename(path, aside) == 0;
+        if (!done && errno != ENOTEMPTY && errno != EEXIST) break;
+        snprintf(suffix, sizeof suffix, ".bad.%d", i);
+    }
+    if (done)
+        fprintf(stderr, "warning: it was set aside as %s\n", aside);
+    else
+        fprintf(stderr, "warning: it could not be set aside: %s\n", lock < 0 ? why.text : strerror(errno));
+    if (done) directory_sync(dir, &why);
+    if (lock >= 0) close(lock);
+}
+
+// Loads the newest checkpoint that verifies. A damaged one is named on stderr and set aside, and the next
+// older one is tried. *found tells whether there was any; damaged ones and none that is whole is an error,
+// for a run never starts anew by itself. An error that is no damage (another model's config, out of
+// descriptors, no permission) ends the search and leaves everything where it is.
+static inline bool checkpoint_load_newest(const char* checkpoints_dir, CheckpointData* into, bool* found,
+                                          Error* err) {
+    *found = false;
+    if (access(checkpoints_dir, F_OK) != 0 && errno == ENOENT) return true;
+    Error busy = {0, {0}};
+    StepList list;
+    int lock = directory_lock(checkpoints_dir, 0, &busy); // a save may be under way: then nothing is cleaned
+    bool ok = steps_list(checkpoints_dir, lock >= 0, &list, err);
+    if (lock >= 0) close(lock);
+    for (int i = 0; ok && !*found && i < list.count; i++) {
+        char path[PATH_MAX];
+        Error why = {0, {0}};
+        ok = step_path(path, checkpoints_dir, list.steps[i], "", err);
+        if (!ok) break;
+        *found = checkpoint_read(path, into, &why) &&
+                 (into->state.step == list.steps[i] || fail(&why, EXIT_BAD_DATA, "%s holds step %llu", path,
+                                                            (unsigned long long)into->state.step));
+        if (*found) break;
+        if (why.code != EXIT_BAD_DATA && why.code != EXIT_IO) {
+            *err = why;
+            ok = false;
+            break;
+        }
+        fprintf(stderr, "warning: checkpoint %s cannot be used: %s\n", path, why.text);
+        checkpoint_set_aside(checkpoints_dir, list.steps[i], path);
+        list.set_aside++;
+    }
+    if (ok && !*found && list.set_aside > 0)
+        ok = fail(err, EXIT_BAD_DATA,
+                  "no checkpoint in %s is whole and %d were set aside as .bad: repair one, or move them all "
+                  "away to start anew",
+                  checkpoints_dir, list.set_aside);
+    free(list.steps);
+    return ok;
+}

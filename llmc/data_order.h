@@ -6,8 +6,8 @@
 //
 // Both take the same time for any index: seeking is calling. Limits: 256 sources, shares in steps of 2^-16.
 #pragma once
-#include "llmc/rand.h"  // defines: random_bits, RANDOM_DATA
 #include "llmc/utils.h" // defines: Error, fail, CHECK, EXIT_CONFIG
+#include "llmc/rand.h"  // defines: random_bits, RANDOM_DATA
 
 // ----------------------------------------------------------------------------
 // shuffling one epoch

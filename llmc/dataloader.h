@@ -108,8 +108,8 @@ static inline bool source_open(SourceData* s, const DataSource* config, int T, E
     return ok && source_count_rows(s, T, err);
 }
 
-// One model, one tokenizer: its vocabulary covers every shard, and shards that know their end-of-text token or
-// their tokenizer agree. *known: the shard that loader->tokenizer_hash is from.
+// One model, one tokenizer: its vocabulary covers every shard, and shards that know their end-of-text token
+// or their tokenizer agree. *known: the shard that loader->tokenizer_hash is from.
 static inline bool dataloader_check_shard(DataLoader* loader, const Shard** known, const Shard* shard,
                                           Error* err) {
     const ShardHeader* h = &shard->header;
@@ -122,7 +122,7 @@ static inline bool dataloader_check_shard(DataLoader* loader, const Shard** know
     if (loader->eot_id >= 0 && shard->eot_id >= 0 && shard->eot_id != loader->eot_id)
         return fail(
             err, EXIT_BAD_DATA,
-            "token shard %s has the end-of-text token %d, where the shards before it have %d; encode them "
+            "token shard %s has the end-of-text token %d, the shards before it have %d; encode all of them "
             "with the same tokenizer",
             shard->path, shard->eot_id, loader->eot_id);
     if (shard->eot_id >= 0) loader->eot_id = shard->eot_id;

@@ -30,7 +30,9 @@ typedef struct {
 // Hashing and copying alternate in pieces that stay in the second-level cache.
 enum { HASH_PIECE = 256 * 1024 };
 
-static inline size_t hash_piece(uint64_t left) { return left < HASH_PIECE ? (size_t)left : (size_t)HASH_PIECE; }
+static inline size_t hash_piece(uint64_t left) {
+    return left < HASH_PIECE ? (size_t)left : (size_t)HASH_PIECE;
+}
 
 static inline bool hashed_start(HashedFile* f, int fd) {
     f->fd = fd;
@@ -148,13 +150,24 @@ static inline bool hashed_verify(HashedFile* f, Error* err) {
     return true;
 }
 
-// The rest of the file, for the sake of its hash alone.
+// Bytes that only their hash is wanted of.
 static inline bool hashed_skip(HashedFile* f, uint64_t bytes, char scratch[HASH_PIECE], Error* err) {
     for (uint64_t n; bytes > 0; bytes -= n) {
         n = hash_piece(bytes);
         if (!hashed_read(f, scratch, (size_t)n, err)) return false;
     }
     return true;
+}
+
+// The whole file against its record.
+static inline bool file_verify(const char* dir, const FileRecord* expected, Error* err) {
+    char* scratch = (char*)malloc_check(HASH_PIECE);
+    HashedFile f;
+    bool ok = hashed_open(&f, dir, expected->name, expected, err) &&
+              hashed_skip(&f, f.file_size, scratch, err) && hashed_verify(&f, err);
+    hashed_close(&f);
+    free(scratch);
+    return ok;
 }
 
 // ----------------------------------------------------------------------------

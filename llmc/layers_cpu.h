@@ -226,6 +226,19 @@ static inline void activation_backward(real* dinp, const real* dout, const real*
 // ----------------------------------------------------------------------------
 // classifier: softmax, cross-entropy and its gradient, one row at a time so that a row stays in the cache
 
+// A row of maxima, element by element, because clang does not vectorise a maximum that is one number.
+static inline real largest_of(const real* x, int n) {
+    enum { WIDTH = 64 };
+    real largest[WIDTH];
+    for (int j = 0; j < WIDTH; j++) largest[j] = x[0];
+    int i = 0;
+    for (; i + WIDTH <= n; i += WIDTH)
+        for (int j = 0; j < WIDTH; j++) largest[j] = x[i + j] > largest[j] ? x[i + j] : largest[j];
+    for (; i < n; i++) largest[0] = x[i] > largest[0] ? x[i] : largest[0];
+    for (int j = 1; j < WIDTH; j++) largest[0] = largest[j] > largest[0] ? largest[j] : largest[0];
+    return largest[0];
+}
+
 // losses (N) = -log softmax(logits)[target]; a row whose target is negative has loss 0 and gradient 0.
 // logits (N, Vp), the first V of them real ones, become scale * dloss/dlogits (0 in the padding) if want_grad;
 // otherwise they are not touched.
@@ -239,9 +252,7 @@ static inline void classifier(real* losses, real* logits, const int* targets, re
             if (want_grad) memset(row, 0, (size_t)Vp * sizeof(real));
             continue;
         }
-        real max = row[0], sum = 0, target_logit = row[targets[n]];
-#pragma omp simd reduction(max : max)
-        for (int v = 0; v < V; v++) max = row[v] > max ? row[v] : max;
+        real max = largest_of(row, V), sum = 0, target_logit = row[targets[n]];
         if (want_grad) {
 #pragma omp simd reduction(+ : sum)
             for (int v = 0; v < V; v++) {

@@ -286,7 +286,7 @@ static inline Operand matmul_operand(Matmul* mm, const real* x, size_t rows, siz
     return operand;
 }
 
-static inline Operand transpose(Operand x) {
+static inline Operand transposed(Operand x) {
     x.transposed = !x.transposed;
     return x;
 }
@@ -307,7 +307,7 @@ static inline void matmul_forward(real* out, const real* inp, const real* weight
     mm->operands_used = 0;
     Operand x = matmul_operand(mm, inp, (size_t)N, (size_t)C);
     Operand w = matmul_operand(mm, weight, (size_t)OC, (size_t)C);
-    gemm(out, x, transpose(w), bias, N, OC, C, false, mm);
+    gemm(out, x, transposed(w), bias, N, OC, C, false, mm);
 }
 
 // dinp (N, C) = or NULL; dweight (OC, C) +=; dbias (OC) += or NULL; dout (N, OC), inp (N, C), weight (OC, C)
@@ -319,6 +319,6 @@ static inline void matmul_backward(real* dinp, real* dweight, real* dbias, const
     if (dinp != NULL)
         gemm(dinp, dy, matmul_operand(mm, weight, (size_t)OC, (size_t)C), NULL, N, C, OC, false, mm);
     mm->operands_used = after_dy; // the copy of inp takes the place of the weight's
-    gemm(dweight, transpose(dy), matmul_operand(mm, inp, (size_t)N, (size_t)C), NULL, OC, C, N, true, mm);
+    gemm(dweight, transposed(dy), matmul_operand(mm, inp, (size_t)N, (size_t)C), NULL, OC, C, N, true, mm);
     if (dbias != NULL) add_column_sums(dbias, dout, N, OC);
 }

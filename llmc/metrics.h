@@ -59,11 +59,11 @@ static inline void event_end(Metrics* m, String* line) {
 }
 
 // "1h02m", "3m07s", "12s"
-static inline void format_duration(char out[16], double seconds) {
+static inline void format_duration(char out[24], double seconds) {
     long s = seconds > 0 && seconds < 1e9 ? (long)(seconds + 0.5) : 0;
-    if (s >= 3600) snprintf(out, 16, "%ldh%02ldm", s / 3600, s / 60 % 60);
-    else if (s >= 60) snprintf(out, 16, "%ldm%02lds", s / 60, s % 60);
-    else snprintf(out, 16, "%lds", s);
+    if (s >= 3600) snprintf(out, 24, "%ldh%02ldm", s / 3600, s / 60 % 60);
+    else if (s >= 60) snprintf(out, 24, "%ldm%02lds", s / 60, s % 60);
+    else snprintf(out, 24, "%lds", s);
 }
 
 // Text of a model for a person's terminal: control bytes would move the cursor or worse, so they are shown

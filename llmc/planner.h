@@ -68,7 +68,7 @@ static inline void plan_print(const Plan* plan, FILE* out) {
     uint64_t tokens = (uint64_t)G * (uint64_t)T, all = tokens * (uint64_t)run->schedule.max_steps;
     double causal = flops_per_token(&run->model, T, FLOPS_CAUSAL), palm = flops_per_token(&run->model, T, FLOPS_PALM);
     double seconds = plan_step_seconds(plan);
-    char a[32], b[32], step[16], whole[16];
+    char a[32], b[32], step[16], whole[24];
     plan_print_model(run, out);
     fprintf(out, "batch        %d sequences of %d = %s tokens a step, in %d micro-batches of %d; %s tokens in %d steps\n",
             G, T, with_commas(a, tokens), G / B, B, with_commas(b, all), run->schedule.max_steps);

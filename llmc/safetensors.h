@@ -71,7 +71,7 @@ static inline bool safetensors_header_size(const unsigned char first[8], uint64_
 
 // A JSON number that is a whole number a double holds exactly; larger ones do not occur in files that exist.
 static inline bool safetensors_integer(const cJSON* item, uint64_t* out) {
-    if (!cJSON_IsNumber(item) || !(item->valuedouble >= 0 && item->valuedouble <= 9007199254740992.0))
+    if (!cJSON_IsNumber(item) || !(item->valuedouble >= 0 && item->valuedouble < 9007199254740992.0))
         return false;
     *out = (uint64_t)item->valuedouble;
     return (double)*out == item->valuedouble;

@@ -7,7 +7,7 @@
 // is ordinary text (tiktoken's encode_ordinary, Hugging Face's add_special_tokens=False on a text without any):
 // only the program puts specials between documents.
 //
-// Limits: 2^24 ids, 1 MiB a token; a piece of more than 16 MiB is encoded in parts of 16 MiB.
+// Limits: 2^24 ids, 1 MiB a token; a piece of more than 4 MiB is encoded in parts of 4 MiB.
 // Reading and writing of files: tokenizer_files.h. Training: dev/data/bpe_train.h.
 #pragma once
 #include <xxhash.h>           // defines: XXH3_64bits, XXH3_128bits_*
@@ -342,7 +342,7 @@ static inline size_t merge_by_heap(const Tokenizer* t, MergeScratch* s, size_t n
 }
 
 // The tokens of a piece of n <= MAX_PIECE bytes, into s->id; returns how many.
-static const size_t MAX_PIECE = 1 << 24, LONG_PIECE = 96;
+static const size_t MAX_PIECE = 1 << 22, LONG_PIECE = 96;
 
 static inline size_t merge_piece(const Tokenizer* t, MergeScratch* s, const char* piece, size_t n) {
     merge_scratch_reserve(s, n);
@@ -355,7 +355,7 @@ static inline size_t merge_piece(const Tokenizer* t, MergeScratch* s, const char
 // encoding
 
 // Nearly all pieces of a text have been there before: a cache of those up to 15 bytes and 3 tokens answers
-// them with one comparison. Direct-mapped, 1 MiB: it stays in a core's L2.
+// them with one comparison. Direct-mapped, 2 MiB.
 typedef struct {
     uint64_t low, high; // the piece, zero behind its end; its length in the last byte (0: the slot is free)
 } PieceKey;
@@ -365,7 +365,7 @@ typedef struct {
     uint32_t count, ids[3];
 } PieceSlot;
 
-enum { PIECE_CACHE_BITS = 15, CACHED_PIECE = 15 };
+enum { PIECE_CACHE_BITS = 16, CACHED_PIECE = 15 };
 
 // One per thread; the tokenizer is shared and only read.
 typedef struct {

@@ -41,7 +41,7 @@ fetch_austen() {
     if ! (cd "$work" && { apt-get -qq download $package ||
         { apt-get -qq update && apt-get -qq download $package; }; }) >"$work/log" 2>&1; then
         tail -n 3 "$work/log" >&2
-        give_up 69 "cannot fetch Debian's package $package (apt-get says why above): try again later, $own_text"
+        give_up 69 "cannot fetch package $package (apt-get says why above): try again later, $own_text"
     fi
     dpkg-deb -x "$work"/$package*.deb "$work/package"
     scripts/austen.py "$work/package/usr/lib/R/site-library/janeaustenr/data/Rdata.rdb" >"$work/austen.jsonl"
@@ -106,8 +106,12 @@ fi
 
 config=(configs/quickstart.json "data.train=$dir/data/train_*.bin" "data.validation=$dir/data/val_*.bin"
     "data.tokenizer=$dir/tokenizer.json" "log.run_dir=$dir/run" "${overrides[@]}")
-say "training (Ctrl-C saves and stops; the same command goes on)"
-./train_gpt_cpu "${config[@]}"
+if [ ! -e "$dir/run/done" ] || [ configs/quickstart.json -nt "$dir/run/done" ]; then
+    say "training (Ctrl-C saves and stops; the same command goes on)"
+    ./train_gpt_cpu "${config[@]}"
+    touch "$dir/run/done"
+    rm -f "$dir/sample.txt"
+fi
 
 if [ ! -e "$dir/sample.txt" ]; then
     say "a sample"

@@ -1,21 +1,23 @@
 #!/usr/bin/env bash
 # Installs the Debian or Ubuntu packages that are missing, and nothing else; silent when there are none.
 #
-#   scripts/setup.sh [build|test|ci]     each includes the one before it; build is the default
+#   scripts/setup.sh [build|test|ci|hf]     build is the default; test and hf add to it, ci adds to test
 #
 # Installs only as root (or with a sudo that does not ask); otherwise prints the line to type and stops.
 set -eu
 
 build="gcc make libc6-dev libcjson-dev libxxhash-dev libpcre2-dev zlib1g-dev libzstd-dev libdnnl-dev python3"
 test="libcmocka-dev strace"
+hf="python3-torch python3-numpy python3-venv"
 ci="g++ clang libclang-rt-14-dev libomp-dev clang-format cppcheck git"
 
 case ${1:-build} in
 build) wanted=$build ;;
 test) wanted="$build $test" ;;
 ci) wanted="$build $test $ci" ;;
+hf) wanted="$build $hf" ;;
 *)
-    echo "usage: scripts/setup.sh [build|test|ci], not '$1'" >&2
+    echo "usage: scripts/setup.sh [build|test|ci|hf], not '$1'" >&2
     exit 64
     ;;
 esac

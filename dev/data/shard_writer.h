@@ -3,7 +3,7 @@
 // is complete, whatever happened to the program or the machine before.
 #pragma once
 #include "llmc/shard.h" // defines: ShardHeader, SHARD_KINDS, SHARD_*, shard_index_path
-#include "llmc/utils.h" // defines: Error, fail, EXIT_*, String, write_all, malloc_check, realloc_check
+#include "llmc/utils.h" // defines: Error, fail, EXIT_*, CHECK, write_all, malloc_check, realloc_check
 #include <xxhash.h>
 
 typedef struct {
@@ -20,33 +20,27 @@ typedef struct {
 
 enum { SHARD_BUFFER_BYTES = 1 << 20 };
 
-// The four names of a shard: index before shard, so that a shard that is there has its index.
-static inline bool shard_names(char names[2][PATH_MAX], char temporary[2][PATH_MAX + 8], const char* path,
-                               Error* err) {
-    if (!shard_index_path(names[0], path, err)) return false;
-    snprintf(names[1], PATH_MAX, "%s", path);
-    for (int i = 0; i < 2; i++) snprintf(temporary[i], sizeof temporary[i], "%s.tmp", names[i]);
-    return true;
-}
-
-// Removes the temporary files of a shard that will not be.
-static inline void shard_discard(const char* path) {
-    char names[2][PATH_MAX], temporary[2][PATH_MAX + 8];
-    Error ignored = {0, {0}};
-    if (!shard_names(names, temporary, path, &ignored)) return;
-    for (int i = 0; i < 2; i++) unlink(temporary[i]);
+// The name that a file has until it is complete.
+static inline bool temporary_path(char out[PATH_MAX], const char* path, Error* err) {
+    int n = snprintf(out, PATH_MAX, "%s.tmp", path);
+    return (n > 0 && n < PATH_MAX) || fail(err, EXIT_USAGE, "path %s is too long", path);
 }
 
 static inline int create_temporary(const char* path, Error* err) {
     char temporary[PATH_MAX];
-    int n = snprintf(temporary, sizeof temporary, "%s.tmp", path);
-    if (n < 0 || n >= PATH_MAX) {
-        fail(err, EXIT_USAGE, "path %s is too long", path);
-        return -1;
-    }
+    if (!temporary_path(temporary, path, err)) return -1;
     int fd = open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0666);
     if (fd < 0) fail(err, EXIT_CANNOT_WRITE, "cannot create %s: %s", temporary, strerror(errno));
     return fd;
+}
+
+// Removes the temporary files of a shard that will not be.
+static inline void shard_discard(const char* path) {
+    char index[PATH_MAX], temporary[PATH_MAX];
+    Error ignored = {0, {0}};
+    if (temporary_path(temporary, path, &ignored)) unlink(temporary);
+    if (shard_index_path(index, path, &ignored) && temporary_path(temporary, index, &ignored))
+        unlink(temporary);
 }
 
 static inline bool shard_writer_flush(ShardWriter* w, Error* err) {
@@ -177,19 +171,32 @@ static inline bool shard_writer_finish(ShardWriter* w, Error* err) {
     return ok;
 }
 
-// Gives a finished shard its name and makes that durable. An index left over from an earlier shard of that
+static inline bool publish_file(const char* path, Error* err) {
+    char temporary[PATH_MAX];
+    if (!temporary_path(temporary, path, err)) return false;
+    return rename(temporary, path) == 0 ||
+           fail(err, EXIT_CANNOT_WRITE, "cannot rename %s: %s", temporary, strerror(errno));
+}
+
+static inline bool sync_directory_of(const char* path, Error* err) {
+    const char* slash = strrchr(path, '/');
+    char dir[PATH_MAX] = ".";
+    if (slash != NULL) snprintf(dir, sizeof dir, "%.*s", (int)(slash - path) + 1, path);
+    int fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    bool ok = fd >= 0 && fsync(fd) == 0;
+    if (!ok) fail(err, EXIT_IO, "cannot sync directory %s: %s", dir, strerror(errno));
+    if (fd >= 0) close(fd);
+    return ok;
+}
+
+// Gives a finished shard its name, its index first, and makes that durable. An index of an earlier shard of that
 // name goes away where the new one has none.
 static inline bool shard_publish(const char* path, Error* err) {
-    char names[2][PATH_MAX], temporary[2][PATH_MAX + 8];
-    if (!shard_names(names, temporary, path, err)) return false;
-    if (access(temporary[0], F_OK) != 0) unlink(names[0]);
-    for (int i = 0; i < 2; i++)
-        if (rename(temporary[i], names[i]) != 0 && !(i == 0 && errno == ENOENT))
-            return fail(err, EXIT_CANNOT_WRITE, "cannot rename %s: %s", temporary[i], strerror(errno));
-    char* slash = strrchr(names[1], '/');
-    if (slash != NULL) slash[slash == names[1]] = '\0';
-    int dir = open(slash != NULL ? names[1] : ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    bool ok = dir >= 0 && fsync(dir) == 0;
-    if (dir >= 0) close(dir);
-    return ok || fail(err, EXIT_IO, "cannot make %s durable: %s", path, strerror(errno));
+    char index[PATH_MAX], temporary[PATH_MAX];
+    if (!shard_index_path(index, path, err) || !temporary_path(temporary, index, err)) return false;
+    if (access(temporary, F_OK) != 0)
+        unlink(index);
+    else if (!publish_file(index, err))
+        return false;
+    return publish_file(path, err) && sync_directory_of(path, err);
 }

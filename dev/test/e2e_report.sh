@@ -9,7 +9,7 @@ if ! command -v python3 >/dev/null; then
     finish
 fi
 
-# Two launches: steps 1 to 60, killed in the middle of a line, then on from the checkpoint at step 40 to step 80.
+# Two launches: steps 1 to 60, killed in the middle of a line; then on from the checkpoint at step 40 to 80.
 python3 - "$work" <<'END'
 import json, sys, os
 run = os.path.join(sys.argv[1], "run")
@@ -27,13 +27,12 @@ with open(os.path.join(run, "log.jsonl"), "w") as log:
     event("start", 0, version="v1.2-3-gabcdef")
     steps(1, 60, 7.0)
     log.write('{"event":"step","step":61,"lo\n')
-    event("start", 0, version="v1.2-3-gabcdef")
-    event("resume", 40)
+    event("resume", 40, version="v1.2-3-gabcdef")
     steps(41, 80, 3.0)
     event("sample", 80, text="<script>alert('no')</script> & so on")
     event("stop", 80, reason="done")
     log.write('{"event":"step","step":81')  # still being written
-with open(os.path.join(run, "config.json"), "w") as config:
+with open(os.path.join(run, "run_config.json"), "w") as config:
     json.dump({"seed": 7, "model": {"hidden_size": 48}, "data": {"train": "<shards>"}}, config)
 END
 
@@ -72,9 +71,9 @@ check "the last evaluation too" report_has "<td>4.0000</td>"
 check "the resume is marked" report_has "resumed at step 40"
 check "the checkpoints are marked" report_has "saved at step 20"
 check "torn lines are counted" report_has "could not be read: 2."
-check "the version is told" report_has "v1.2-3-gabcdef"
+check "the version is told" report_has "at step 40, version v1.2-3-gabcdef"
 check "the config is a table" report_has "<th>model.hidden_size</th><td>48</td>"
-check "text of the model is escaped" report_has "&lt;script&gt;alert(&#x27;no&#x27;)&lt;/script&gt; &amp; so on"
+check "text of the model is escaped" report_has "&lt;script&gt;alert(&#x27;no&#x27;)&lt;/script&gt; &amp; so"
 check "text of the config is escaped" report_has "&lt;shards&gt;"
 
 cp -r "$work/run" "$work/other"
@@ -107,8 +106,9 @@ def vector(strings, version):
         data += struct.pack(">ii", 0x40009, len(string)) + string
     return struct.pack(">I", len(data)) + zlib.compress(data)
 
-first = ["TITLE", "", "by Nobody", "", "VOLUME I", "", "", "CHAPTER I", "", "", "One line,", "the next.  End.", "",
-         "  a verse", "    of two", "", "Costs \u00a35.", "", "VOLUME II", "", "CHAPTER II", "", "More.", "", "FINIS"]
+first = ["TITLE", "", "by Nobody", "", "VOLUME I", "", "", "CHAPTER I", "", "", "One line,",
+         "the next.  End.", "", "  a verse", "    of two", "", "Costs \u00a35.", "", "VOLUME II", "",
+         "CHAPTER II", "", "More.", "", "FINIS"]
 second = ["Chapter 1", "", "Short."]
 novels = list(austen.read_novels(vector(first, 3) + vector(second, 2)))
 assert novels == [first, second], novels
