@@ -35,6 +35,10 @@
 #include <omp.h>
 #include <signal.h>
 
+#ifdef TESTING // tests and benchmarks include this file, without the run and the commands, and take what they need
+#pragma GCC diagnostic ignored "-Wunused-function"
+#endif
+
 // ----------------------------------------------------------------------------
 // memory
 

@@ -24,6 +24,7 @@
 #include "llmc/model_files.h"    // defines: model_files_write, model_weights_read, model_config_check
 #include "llmc/stored_tensors.h" // defines: stored_moments, tensors_write, tensors_read, stored_complete
 #include <sys/file.h>
+#include <sys/syscall.h>
 
 typedef struct {
     uint64_t step;                // optimizer steps done
@@ -235,8 +236,10 @@ static inline bool checkpoint_write(const char* dir, const CheckpointData* data,
 // that there is no moment without a checkpoint of that step; it is then under the other name.
 static inline bool checkpoint_commit(const char* from, const char* to, Error* err) {
     if (rename(from, to) == 0) return true;
+    // RENAME_EXCHANGE and renameat2 of stdio.h, which glibc hides where a system header came before ours.
+    const int rename_exchange = 2;
     if ((errno == ENOTEMPTY || errno == EEXIST) &&
-        renameat2(AT_FDCWD, from, AT_FDCWD, to, RENAME_EXCHANGE) == 0)
+        syscall(SYS_renameat2, AT_FDCWD, from, AT_FDCWD, to, rename_exchange) == 0)
         return true;
     return fail(err, EXIT_IO, "cannot rename %s to %s: %s", from, to, strerror(errno));
 }
@@ -400,42 +403,56 @@ static inline void checkpoint_set_aside(const char* dir, uint64_t step, const ch
     if (lock >= 0) close(lock);
 }
 
-// Loads the newest checkpoint that verifies. A damaged one is named on stderr and set aside, and the next
-// older one is tried. *found tells whether there was any; damaged ones and none that is whole is an error,
-// for a run never starts anew by itself. An error that is no damage (another model's config, out of
-// descriptors, no permission) ends the search and leaves everything where it is.
-static inline bool checkpoint_load_newest(const char* checkpoints_dir, CheckpointData* into, bool* found,
-                                          Error* err) {
-    *found = false;
-    if (access(checkpoints_dir, F_OK) != 0 && errno == ENOENT) return true;
+// One pass over the checkpoints that are there now, newest first. *vanished: one was removed by another
+// process while it was being read, so what is there has changed.
+static inline bool checkpoint_try_newest(const char* dir, CheckpointData* into, bool* found, bool* vanished,
+                                         Error* err) {
     Error busy = {0, {0}};
     StepList list;
-    int lock = directory_lock(checkpoints_dir, 0, &busy); // a save may be under way: then nothing is cleaned
-    bool ok = steps_list(checkpoints_dir, lock >= 0, &list, err);
+    int lock = directory_lock(dir, 0, &busy); // a save may be under way: then nothing is cleaned
+    bool ok = steps_list(dir, lock >= 0, &list, err);
     if (lock >= 0) close(lock);
+    *vanished = false;
     for (int i = 0; ok && !*found && i < list.count; i++) {
         char path[PATH_MAX];
         Error why = {0, {0}};
-        ok = step_path(path, checkpoints_dir, list.steps[i], "", err);
+        ok = step_path(path, dir, list.steps[i], "", err);
         if (!ok) break;
         *found = checkpoint_read(path, into, &why) &&
                  (into->state.step == list.steps[i] || fail(&why, EXIT_BAD_DATA, "%s holds step %llu", path,
                                                             (unsigned long long)into->state.step));
-        if (*found) break;
+        *vanished = !*found && access(path, F_OK) != 0 && errno == ENOENT;
+        if (*found || *vanished) break;
         if (why.code != EXIT_BAD_DATA && why.code != EXIT_IO) {
             *err = why;
             ok = false;
             break;
         }
         fprintf(stderr, "warning: checkpoint %s cannot be used: %s\n", path, why.text);
-        checkpoint_set_aside(checkpoints_dir, list.steps[i], path);
+        checkpoint_set_aside(dir, list.steps[i], path);
         list.set_aside++;
     }
-    if (ok && !*found && list.set_aside > 0)
+    if (ok && !*found && !*vanished && list.set_aside > 0)
         ok = fail(err, EXIT_BAD_DATA,
                   "no checkpoint in %s is whole and %d were set aside as .bad: repair one, or move them all "
                   "away to start anew",
-                  checkpoints_dir, list.set_aside);
+                  dir, list.set_aside);
     free(list.steps);
+    return ok;
+}
+
+// Loads the newest checkpoint that verifies. A damaged one is named on stderr and set aside, and the next
+// older one is tried. *found tells whether there was any; damaged ones and none that is whole is an error,
+// for a run never starts anew by itself. An error that is no damage (another model's config, out of
+// descriptors, no permission) ends the search and leaves everything where it is.
+static inline bool checkpoint_load_newest(const char* checkpoints_dir, CheckpointData* into, bool* found,
+                                          Error* err) {
+    enum { PATIENCE = 100 }; // a run that removes checkpoints faster than they can be read
+    bool ok = true, vanished = true;
+    *found = false;
+    if (access(checkpoints_dir, F_OK) != 0 && errno == ENOENT) return true;
+    for (int i = 0; ok && vanished && i < PATIENCE; i++)
+        ok = checkpoint_try_newest(checkpoints_dir, into, found, &vanished, err);
+    if (ok && vanished) ok = fail(err, EXIT_IO, "the checkpoints in %s keep vanishing", checkpoints_dir);
     return ok;
 }

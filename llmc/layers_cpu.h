@@ -54,17 +54,16 @@ static inline void embedding_backward(real* dwte, real* dwpe, const real* dout, 
 
 static inline void norm_row(real* out, real* mean, real* rstd, const real* x, const real* weight,
                             const real* bias, int C, real eps, int kind) {
-    real center = 0, square = 0;
+    double sum = 0, square = 0; // a mean far from zero would cost the small differences their last digits
+    real center = 0;
     if (kind == NORM_LAYERNORM) {
-#pragma omp simd reduction(+ : center)
-        for (int c = 0; c < C; c++) center += x[c];
-        center /= (real)C;
-        *mean = center;
+#pragma omp simd reduction(+ : sum)
+        for (int c = 0; c < C; c++) sum += (double)x[c];
+        *mean = center = (real)(sum / C);
     }
 #pragma omp simd reduction(+ : square)
-    for (int c = 0; c < C; c++) square += (x[c] - center) * (x[c] - center);
-    real scale = (real)(1 / sqrt((double)(square / (real)C + eps)));
-    *rstd = scale;
+    for (int c = 0; c < C; c++) square += (double)((x[c] - center) * (x[c] - center));
+    real scale = *rstd = (real)(1 / sqrt(square / C + (double)eps));
     for (int c = 0; c < C; c++) out[c] = (x[c] - center) * scale * weight[c];
     if (bias != NULL)
         for (int c = 0; c < C; c++) out[c] += bias[c];

@@ -8,7 +8,7 @@
 #
 # Each stage writes under another name first and renames at its end, so what is there is complete: a second
 # run does only what is not yet done.
-set -eu
+set -euo pipefail
 
 TEXT=${TEXT:-} QUICK=${QUICK:-}
 dir=${DIR:-$([ -n "$QUICK" ] && echo build/quickstart_short || echo quickstart)}
@@ -49,17 +49,17 @@ fetch_austen() {
     rm -rf "$work"
 }
 
-# Training and validation text are told apart by documents, so one plain file ($1) has to be cut into some: at
-# the widest gaps of which there are at least 100 (in its first 64 MB).
+# Validation text is set apart by whole documents, so a text in few files ($1) has to be cut into documents: at
+# the widest gaps of which its first 64 MB have at least 100.
 choose_separator() {
     local gap
-    for gap in '\n\n\n' '\n\n' '\n'; do
-        separator=(--document-separator "$(printf "$gap.")")
-        separator[1]=${separator[1]%.} # $(...) drops newlines at the end
-        python3 - "$1" "${separator[1]}" <<'END' && break
+    [ "$(find -L "$1" -type f | wc -l)" -lt 100 ] || return 0
+    for gap in '\n\n\n' '\n\n' '\r\n\r\n' '\n'; do
+        separator=(--document-separator "$gap")
+        { find -L "$1" -type f -exec cat {} + 2>/dev/null || true; } | head -c 64M | python3 -c '
 import sys
-sys.exit(open(sys.argv[1], "rb").read(1 << 26).count(sys.argv[2].encode()) < 100)
-END
+gap = sys.argv[1].encode().decode("unicode_escape").encode()
+sys.exit(sys.stdin.buffer.read().count(gap) < 100)' "$gap" && return
     done
 }
 
@@ -74,9 +74,11 @@ if [ -z "$TEXT" ]; then
 else
     [ -r "$TEXT" ] || give_up 66 "TEXT=$TEXT: there is no such file or folder"
     input=$TEXT
-    if [ -f "$TEXT" ] && [[ $TEXT != *.jsonl && $TEXT != *.gz && $TEXT != *.zst ]]; then
-        choose_separator "$TEXT"
-    fi
+    case $TEXT in
+    *.jsonl | *.jsonl.gz | *.jsonl.zst) ;; # a document a line
+    *.gz | *.zst) separator=(--document-separator '\n\n') ;;
+    *) choose_separator "$TEXT" ;;
+    esac
 fi
 
 # What the directory was made from; another text needs another directory.
@@ -104,27 +106,26 @@ fi
 # ----------------------------------------------------------------------------
 # training, which goes on from the newest checkpoint by itself
 
-config=(configs/quickstart.json "data.train=$dir/data/train_*.bin" "data.validation=$dir/data/val_*.bin"
-    "data.tokenizer=$dir/tokenizer.json" "log.run_dir=$dir/run" "${overrides[@]}")
-if [ ! -e "$dir/run/done" ] || [ configs/quickstart.json -nt "$dir/run/done" ]; then
+run=$dir/run
+if [ ! -e "$run/done" ] || [ configs/quickstart.json -nt "$run/done" ]; then
     say "training (Ctrl-C saves and stops; the same command goes on)"
-    ./train_gpt_cpu "${config[@]}"
-    touch "$dir/run/done"
+    ./train_gpt_cpu configs/quickstart.json "data.train=$dir/data/train_*.bin" \
+        "data.validation=$dir/data/val_*.bin" "data.tokenizer=$dir/tokenizer.json" "log.run_dir=$run" \
+        "${overrides[@]}"
+    touch "$run/done"
     rm -f "$dir/sample.txt"
 fi
-
 if [ ! -e "$dir/sample.txt" ]; then
     say "a sample"
-    ./train_gpt_cpu sample "${config[@]}" | tee "$dir/sample.tmp"
+    ./train_gpt_cpu sample "$run/run_config.json" | tee "$dir/sample.tmp"
     mv "$dir/sample.tmp" "$dir/sample.txt"
 fi
 
-report=$(scripts/report "$dir/run" -o "$dir/report.html")
-model=$(printf '%s\n' "$dir"/run/checkpoints/step_???????? | tail -n 1)
+scripts/report "$run" -o "$dir/report.html" >/dev/null
+model=$(printf '%s\n' "$run"/checkpoints/step_???????? | tail -n 1)
 say "done"
 cat <<END
-model    $model (config.json, model.safetensors, tokenizer.json: opens in transformers as it is)
-report   $report (loss, validation, learning rate and throughput curves)
-sample   $dir/sample.txt
-more     ./train_gpt_cpu sample ${config[*]@Q} sample.prompt="It was"
+model directory   $model (opens in transformers as it is)
+report            $dir/report.html (loss, validation, learning rate, throughput)
+another sample    ./train_gpt_cpu sample $run/run_config.json sample.prompt="It was" sample.seed=2
 END

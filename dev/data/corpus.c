@@ -9,6 +9,7 @@
 //
 // Every output is the same for any number of threads and gets its name only when it is complete.
 // Exit codes: sysexits (llmc/utils.h). Formats: llmc/shard.h.
+#include "llmc/utils.h"         // defines: Error, fail, exit_with, make_directories, path_join
 #include "dev/data/bpe_train.h" // defines: PieceCounter, piece_counter_*, bpe_train
 #include "dev/data/convert.h"   // defines: TokenSpan, convert_nanogpt, convert_megatron, megatron_index_parse
 #include "dev/data/encode.h"    // defines: EncodeJob, encode_all, find_shards, Pipeline, pipeline_run
@@ -167,7 +168,7 @@ static bool command_bpe(const StringList* operands, Error* err) {
     ok = ok && tokenizer_save_json(&tokenizer, given.out, err);
     if (ok)
         printf(
-            "%s: %u tokens from %.1f MB in %llu documents, %u different words; %.2f s to count, %.2f s to merge\n",
+            "%s: %u tokens from %.1f MB in %llu documents, %u different words; %.2f s counting, %.2f s merging\n",
             given.out, tokenizer.vocab_size, (double)pipeline.bytes * 1e-6,
             (unsigned long long)pipeline.documents, pieces, counted - started, trained - counted);
     tokenizer_free(&tokenizer);

@@ -189,8 +189,8 @@ static inline bool sync_directory_of(const char* path, Error* err) {
     return ok;
 }
 
-// Gives a finished shard its name, its index first, and makes that durable. An index of an earlier shard of that
-// name goes away where the new one has none.
+// Gives a finished shard its name, its index first, and makes that durable. An index of an earlier shard of
+// that name goes away where the new one has none.
 static inline bool shard_publish(const char* path, Error* err) {
     char index[PATH_MAX], temporary[PATH_MAX];
     if (!shard_index_path(index, path, err) || !temporary_path(temporary, index, err)) return false;

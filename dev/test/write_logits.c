@@ -1,6 +1,7 @@
 // What we compute with a model directory, for check_hf.py to compare with transformers:
 //
 //     write_logits DIR OUT.safetensors      tokens (2, T) drawn at random, logits (2, T, V)
+#pragma GCC diagnostic ignored "-Wunused-function" // only the forward pass is needed here
 #define TESTING
 #include "train_gpt.c" // defines: GPT, gpt_create, gpt_forward
 

@@ -1,0 +1,141 @@
+#!/usr/bin/env bash
+# train_gpt_cpu from a shell, on this project's own text: training, resuming, evaluating, sampling, exporting,
+# being killed, and being given what cannot run.
+set -u
+cd "$(dirname "$0")/../.."
+. dev/test/tap.sh
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+export OMP_NUM_THREADS=2 # a run is bitwise repeatable on the same number of threads
+
+cat llmc/*.h dev/doc/*.md >"$work/text.txt"
+./corpus bpe --vocab-size 512 --special '<|endoftext|>' --out "$work/tokenizer.json" "$work/text.txt" >/dev/null
+./corpus encode --tokenizer "$work/tokenizer.json" --out-dir "$work/data" --val-fraction 0.1 \
+    --document-separator $'\n\n' "$work/text.txt" >/dev/null
+
+# train CONFIG RUN_DIR [key=value ...]
+train() {
+    local config=$1 run=$2
+    shift 2
+    ./train_gpt_cpu "configs/$config.json" "data.train=$work/data/train_*.bin" \
+        "data.validation=$work/data/val_*.bin" "data.tokenizer=$work/data/tokenizer.json" \
+        "log.run_dir=$work/$run" "$@" >"$work/out" 2>"$work/err"
+}
+command() { # COMMAND CONFIG RUN_DIR [argument | key=value ...]
+    local name=$1 config=$2 run=$3
+    shift 3
+    ./train_gpt_cpu "$name" "configs/$config.json" ${OUT_DIR:-} "data.train=$work/data/train_*.bin" \
+        "data.validation=$work/data/val_*.bin" "data.tokenizer=$work/data/tokenizer.json" \
+        "log.run_dir=$work/$run" "$@" 2>"$work/err"
+}
+same() { ./train_gpt_cpu checkpoint diff "$work/$1" "$work/$2"; }
+# exits CODE 'text in stderr' command...: the command must exit with that code and say that
+exits() {
+    local code=$1 text=$2 got
+    shift 2
+    "$@" >/dev/null
+    got=$?
+    [ "$got" -eq "$code" ] && grep -qF -- "$text" "$work/err" && [ "$(grep -c '^error: ' "$work/err")" -eq 1 ] && return
+    echo "exit code $got, not $code; or stderr lacks: $text"
+    cat "$work/err"
+    return 1
+}
+json() { # FILTER KEY: the KEY of the last line of stdin that has FILTER
+    grep -F -- "$1" | tail -n 1 | grep -oE "\"$2\":[-0-9.e+]+" | cut -d: -f2
+}
+
+for config in tiny_gpt2 tiny_llama; do
+    check "$config trains" train $config $config
+    first=$(json '"event":"step","' loss <<<"$(grep '"step":1,' "$work/$config/log.jsonl")")
+    last=$(json '"event":"eval"' loss <"$work/$config/log.jsonl")
+    check "$config learns: validation loss $last is at least 0.7 below $first" \
+        awk -v a="$first" -v b="$last" 'BEGIN { exit !(a > 5.9 && a < 6.6 && b < a - 0.7) }'
+    check "$config: the checkpoint verifies" ./train_gpt_cpu checkpoint verify "$work/$config/checkpoints/step_00000040"
+
+    train $config $config.again
+    check "$config: the same command gives the same bits" \
+        same $config/checkpoints/step_00000040 $config.again/checkpoints/step_00000040
+    train $config $config.bf16 precision.compute=bf16
+    bf16=$(json '"event":"eval"' loss <"$work/$config.bf16/log.jsonl")
+    check "$config: bf16 matmuls train alike ($bf16)" \
+        awk -v a="$last" -v b="$bf16" 'BEGIN { d = a - b; exit !(d != 0 && d < 0.05 && d > -0.05) }'
+
+    # stopped, then resumed: by a signal, and by SIGKILL at a moment of nobody's choosing
+    for signal in TERM INT; do
+        run=stopped_$signal
+        (
+            exec ./train_gpt_cpu configs/$config.json "data.train=$work/data/train_*.bin" \
+                "data.validation=$work/data/val_*.bin" "data.tokenizer=$work/data/tokenizer.json" \
+                "log.run_dir=$work/$config.$run" >"$work/out" 2>"$work/err"
+        ) &
+        pid=$!
+        until grep -q '"step":5,' "$work/$config.$run/log.jsonl" 2>/dev/null || ! kill -0 $pid 2>/dev/null; do sleep 0.01; done
+        kill -s $signal $pid
+        wait $pid
+        check "$config: SIG$signal saves and exits 75" [ $? -eq 75 ]
+        check "$config: it says so" grep -q 'stopped by signal' "$work/err"
+        check "$config: it goes on from there" train $config $config.$run
+        check "$config: with the bits of a run that never stopped" \
+            same $config/checkpoints/step_00000040 $config.$run/checkpoints/step_00000040
+    done
+    for delay in 0.05 0.15 0.25 0.4; do
+        # the subshell keeps bash from reporting the kill
+        (timeout -s KILL $delay ./train_gpt_cpu configs/$config.json "data.train=$work/data/train_*.bin" \
+            "data.validation=$work/data/val_*.bin" "data.tokenizer=$work/data/tokenizer.json" \
+            "log.run_dir=$work/$config.killed" checkpoint.every=3; true) >/dev/null 2>&1
+    done
+    train $config $config.killed checkpoint.every=3
+    check "$config: killed four times, resumed, the same bits" \
+        same $config/checkpoints/step_00000040 $config.killed/checkpoints/step_00000040
+
+    evaluated=$(command eval $config $config | json loss loss)
+    check "$config: eval repeats the run's last validation loss" \
+        awk -v a="$last" -v b="$evaluated" 'BEGIN { exit !(a - b < 1e-6 && b - a < 1e-6) }'
+    OUT_DIR=$work/$config.export check "$config: export writes a model directory" command export $config $config
+    exported=$(command eval $config nothing "checkpoint.load_from=$work/$config.export" | json loss loss)
+    check "$config: the exported model evaluates to the same loss" [ "$exported" = "$evaluated" ]
+    check "$config: plan names parameters, FLOPs and memory" \
+        awk '/^parameters /{p=1} /PaLM/{f=1} /^  total/{m=1} END {exit !(p && f && m)}' <(command plan $config $config)
+done
+
+# accumulation: the same batch in one piece and in four
+train tiny_gpt2 whole schedule.max_steps=10
+train tiny_gpt2 quarters schedule.max_steps=10 batch.micro_batch_size=2 batch.global_batch_size=8
+a=$(json '"event":"eval"' loss <"$work/whole/log.jsonl") b=$(json '"event":"eval"' loss <"$work/quarters/log.jsonl")
+check "micro-batches add up to the batch ($a, $b)" awk -v a="$a" -v b="$b" 'BEGIN { exit !(a - b < 1e-4 && b - a < 1e-4) }'
+check "documents are masked without complaint" train tiny_llama masked data.document_mask=true
+c=$(json '"event":"eval"' loss <"$work/masked/log.jsonl")
+check "and the mask changes the loss ($c)" [ "$c" != "$(json '"event":"eval"' loss <"$work/tiny_llama/log.jsonl")" ]
+
+# samples
+command sample tiny_gpt2 tiny_gpt2 sample.prompt=static >"$work/a"
+command sample tiny_gpt2 tiny_gpt2 sample.prompt=static >"$work/b"
+command sample tiny_gpt2 tiny_gpt2 sample.prompt=static sample.seed=2 >"$work/c"
+command sample tiny_gpt2 tiny_gpt2 sample.prompt=static sample.temperature=0 >"$work/d"
+command sample tiny_gpt2 tiny_gpt2 sample.prompt=static sample.top_k=1 sample.seed=9 >"$work/e"
+check "a sample continues the prompt" grep -q '^static.' "$work/a"
+check "the same seed, the same text" cmp "$work/a" "$work/b"
+check "another seed, another text" sh -c "! cmp -s $work/a $work/c"
+check "temperature 0 is top_k 1 whatever the seed" cmp "$work/d" "$work/e"
+check "samples during training are in the log" sh -c "$(declare -f train); work=$work; train tiny_gpt2 sampled \
+    schedule.max_steps=4 sample.every=2 && [ \$(grep -c '\"event\":\"sample\"' $work/sampled/log.jsonl) -eq 2 ]"
+
+# what cannot run
+check "no shards: exit 66" exits 66 "nowhere" train tiny_gpt2 none "data.train=$work/nowhere_*.bin"
+check "tokens beyond the vocabulary: exit 65" exits 65 "vocab" train tiny_gpt2 none model.vocab_size=300
+head -c 5000 "$work/data/train_000000.bin" >"$work/short.bin"
+check "a truncated shard: exit 65" exits 65 "short.bin" train tiny_gpt2 none "data.train=$work/short.bin"
+check "other data on resume: exit 78" exits 78 "fingerprint" train tiny_gpt2 whole schedule.max_steps=20 \
+    "data.train=$work/data/val_*.bin"
+check "another model on resume" exits 78 "n_embd is 64 and 32" train tiny_gpt2 whole schedule.max_steps=20 model.n_embd=32
+check "a diverging run gives up: exit 70" exits 70 "not finite" train tiny_gpt2 diverged optimizer.learning_rate=100 \
+    optimizer.grad_clip=0 optimizer.weight_decay=100 schedule.warmup_steps=0 schedule.max_steps=200
+check "its checkpoints are not touched by that" sh -c "! ls $work/diverged/checkpoints/step_* 2>/dev/null"
+check "eval without a checkpoint: exit 66" exits 66 "no checkpoint" command eval tiny_gpt2 none
+touch "$work/file"
+check "a run directory that is a file: exit 73" exits 73 "$work/file" train tiny_gpt2 file/run
+check "no such config: exit 66" exits 66 "absent.json" train absent none
+./train_gpt_cpu >/dev/null 2>&1
+check "no arguments: usage, exit 64" [ $? -eq 64 ]
+check "--help exits 0" ./train_gpt_cpu --help
+finish
