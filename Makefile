@@ -126,9 +126,11 @@ format: ## clang-format every C file in place
 check-format: ## fail if clang-format would change a file
 	@clang-format --dry-run -Werror $(SOURCES)
 
-cppcheck: ## static analysis
+# Without -U and -D it would check every combination of macros. The field tables cast bytes on purpose.
+cppcheck: ## static analysis of the two programs and all headers they include
 	@cppcheck --quiet --std=c11 --language=c --enable=warning,performance,portability --inline-suppr \
-	    --suppress=missingIncludeSystem --error-exitcode=1 -j $(JOBS) -I. $(SOURCES)
+	    --suppress=missingIncludeSystem --suppress=invalidPointerCast --error-exitcode=1 -j $(JOBS) -I. \
+	    -UTESTING -DUSE_DNNL '-DVERSION=""' train_gpt.c dev/data/corpus.c
 
 check-headers: $(HEADERS:%=$(BUILD)/check/%) ## each header compiles alone, as C11 and as C++17
 $(BUILD)/check/%: % FORCE

@@ -14,21 +14,21 @@
 // Shapes: B sequences, T positions, N = B * T rows, C hidden size, V vocabulary (Vp padded), L layers, NH query
 // heads, NKV key/value heads, HS head size, Q = NH * HS, QKV = Q + 2 * NKV * HS, FF feed-forward size,
 // FC = FF, or 2 FF where a gate lies beside it. A gradient's name is its tensor's with a d in front.
-#include "llmc/checkpoint.h"    // defines: CheckpointData, TrainState, checkpoint_save, checkpoint_load ...
+#include "llmc/checkpoint.h"      // defines: CheckpointData, TrainState, checkpoint_save, checkpoint_load ...
 #include "llmc/checkpoint_tool.h" // defines: checkpoint_verify, checkpoint_info, checkpoint_diff
-#include "llmc/config.h"        // defines: RunConfig, config_load
-#include "llmc/config_print.h"  // defines: config_print, config_write_json, config_print_reference
-#include "llmc/dataloader.h"    // defines: DataLoader, Prefetch, dataloader_row, document_starts
-#include "llmc/flops.h"         // defines: flops_per_token
-#include "llmc/guard.h"         // defines: guard_accepts
-#include "llmc/layers_cpu.h"    // defines: real, embedding_forward ... classifier
-#include "llmc/metrics.h"       // defines: Metrics, event_begin ..., print_escaped
-#include "llmc/model.h"         // defines: ModelConfig, ParameterLayout, tensor_table
-#include "llmc/optimizer_cpu.h" // defines: adamw_update, global_norm_squared
-#include "llmc/planner.h"       // defines: plan_print
-#include "llmc/rope.h"          // defines: rope_table
-#include "llmc/sampler.h"       // defines: sample_token
-#include "llmc/schedule.h"      // defines: learning_rate
+#include "llmc/config.h"          // defines: RunConfig, config_load
+#include "llmc/config_print.h"    // defines: config_print, config_write_json, config_print_reference
+#include "llmc/dataloader.h"      // defines: DataLoader, Prefetch, dataloader_row, document_starts
+#include "llmc/flops.h"           // defines: flops_per_token
+#include "llmc/guard.h"           // defines: guard_accepts
+#include "llmc/layers_cpu.h"      // defines: real, embedding_forward ... classifier
+#include "llmc/metrics.h"         // defines: Metrics, event_begin ..., print_escaped
+#include "llmc/model.h"           // defines: ModelConfig, ParameterLayout, tensor_table
+#include "llmc/optimizer_cpu.h"   // defines: adamw_update, global_norm_squared
+#include "llmc/planner.h"         // defines: plan_print
+#include "llmc/rope.h"            // defines: rope_table
+#include "llmc/sampler.h"         // defines: sample_token
+#include "llmc/schedule.h"        // defines: learning_rate
 #include "llmc/tokenizer.h"       // defines: Tokenizer, Encoder, encode, token_bytes
 #include "llmc/tokenizer_files.h" // defines: tokenizer_load
 
@@ -46,21 +46,27 @@
 // those outside the layers. Absent tensors are NULL. The order is tensor_table's.
 typedef union {
     struct {
-        real *wte, *wpe;                                  // (Vp, C) (maxT, C)
-        real *ln1w, *ln1b, *qkvw, *qkvb;                  // (C) (C) (QKV, C) (QKV)
-        real *attprojw, *attprojb, *ln2w, *ln2b;          // (C, Q) (C) (C) (C)
-        real *fcw, *fcb, *fcprojw, *fcprojb;              // (FC, C) (FC) (C, FF) (C)
-        real *lnfw, *lnfb, *lmhead;                       // (C) (C) (Vp, C)
+        real *wte, *wpe;                         // (Vp, C) (maxT, C)
+        real *ln1w, *ln1b, *qkvw, *qkvb;         // (C) (C) (QKV, C) (QKV)
+        real *attprojw, *attprojb, *ln2w, *ln2b; // (C, Q) (C) (C) (C)
+        real *fcw, *fcb, *fcprojw, *fcprojb;     // (FC, C) (FC) (C, FF) (C)
+        real *lnfw, *lnfb, *lmhead;              // (C) (C) (Vp, C)
     };
     real* at[NUM_TENSORS];
 } Parameters;
 _Static_assert(sizeof(Parameters) == NUM_TENSORS * sizeof(real*), "Parameters lists the tensor table");
 
 // One allocation each.
-enum MemoryClass { MEMORY_PARAMETERS, MEMORY_GRADIENTS, MEMORY_MOMENTS, MEMORY_ACTIVATIONS, MEMORY_SCRATCH,
-                   NUM_MEMORY_CLASSES };
-static const char* const memory_class_names[NUM_MEMORY_CLASSES] = {"parameters", "gradients",
-                                                                   "optimizer moments", "activations", "scratch"};
+enum MemoryClass {
+    MEMORY_PARAMETERS,
+    MEMORY_GRADIENTS,
+    MEMORY_MOMENTS,
+    MEMORY_ACTIVATIONS,
+    MEMORY_SCRATCH,
+    NUM_MEMORY_CLASSES
+};
+static const char* const memory_class_names[NUM_MEMORY_CLASSES] = {
+    "parameters", "gradients", "optimizer moments", "activations", "scratch"};
 
 // What the backward pass needs of one block's forward pass.
 typedef struct {
@@ -83,14 +89,14 @@ typedef struct {
     int* doc_start;                             // (N), NULL without document masking
     float *rope_cos, *rope_sin;                 // (maxT, HS / 2), NULL with learned positions
     // scratch: dead when a block is done with it
-    real *act, *dact;               // (N, FF)
+    real *act, *dact;                // (N, FF)
     real *hidden, *dresidual, *datt; // (N, C) (N, C) (N, Q)
-    real *dqkv, *dfc;               // (N, QKV) (N, FC)
-    real* logits;                   // (logit_rows, Vp)
+    real *dqkv, *dfc;                // (N, QKV) (N, FC)
+    real* logits;                    // (logit_rows, Vp)
     int logit_rows;
-    Matmul matmul;                  // precision, oneDNN's primitives, and scratch of its own:
+    Matmul matmul; // precision, oneDNN's primitives, and scratch of its own:
     real *matmul_scratch, *attention_scratch;
-    uint16_t* head_copy;            // (Vp, C) in bf16, while the head works through its rows
+    uint16_t* head_copy;              // (Vp, C) in bf16, while the head works through its rows
     void* memory[NUM_MEMORY_CLASSES]; // the allocations behind all of these
 } GPT;
 
@@ -120,7 +126,8 @@ static size_t largest_matmul_scratch(const GPT* g) {
         {DIM_HIDDEN, DIM_QKV}, {DIM_HEADS, DIM_HIDDEN}, {DIM_HIDDEN, DIM_FC}, {DIM_FF, DIM_HIDDEN}};
     size_t rows = (size_t)g->logit_rows, largest = matmul_pack_bytes();
     if (g->matmul.compute == MATMUL_BF16)
-        largest += bf16_copy_bytes(rows * model_dim(c, DIM_VOCAB)) + bf16_copy_bytes(rows * model_dim(c, DIM_HIDDEN));
+        largest += bf16_copy_bytes(rows * model_dim(c, DIM_VOCAB)) +
+                   bf16_copy_bytes(rows * model_dim(c, DIM_HIDDEN));
     for (int i = 0; i < 4; i++) {
         size_t bytes = matmul_scratch_bytes(g->matmul.compute, g->B * g->T, (int)model_dim(c, shapes[i][0]),
                                             (int)model_dim(c, shapes[i][1]));
@@ -135,7 +142,9 @@ static void lay_out(GPT* g, enum MemoryClass class, Arena* arena, bool training)
     size_t N = (size_t)g->B * (size_t)g->T, C = model_dim(c, DIM_HIDDEN), Q = model_dim(c, DIM_HEADS);
     size_t QKV = model_dim(c, DIM_QKV), FF = model_dim(c, DIM_FF), FC = model_dim(c, DIM_FC);
     switch (class) {
-    case MEMORY_PARAMETERS: g->params = arena_take(arena, g->layout.num_parameters); return;
+    case MEMORY_PARAMETERS:
+        g->params = arena_take(arena, g->layout.num_parameters);
+        return;
     case MEMORY_GRADIENTS:
         if (training) g->grads = arena_take(arena, g->layout.num_parameters);
         return;
@@ -187,15 +196,18 @@ static void lay_out(GPT* g, enum MemoryClass class, Arena* arena, bool training)
         g->dqkv = arena_take(arena, N * QKV);
         g->dfc = arena_take(arena, N * FC);
         return;
-    case NUM_MEMORY_CLASSES: return;
+    case NUM_MEMORY_CLASSES:
+        return;
     }
 }
 
 // The exact size of each class in bytes, without allocating any of it.
-static void gpt_plan(const ModelConfig* config, int B, int T, int compute, bool training, size_t bytes[NUM_MEMORY_CLASSES]) {
-    GPT g = {.config = *config, .layout = parameter_layout(config), .B = B, .T = T, .matmul.compute = compute};
+static void gpt_plan(const ModelConfig* config, int B, int T, int compute, bool training,
+                     size_t bytes[NUM_MEMORY_CLASSES]) {
+    GPT g = {
+        .config = *config, .layout = parameter_layout(config), .B = B, .T = T, .matmul.compute = compute};
     g.layers = calloc_check((size_t)config->num_hidden_layers, sizeof *g.layers);
-    for (int class = 0; class < NUM_MEMORY_CLASSES; class++) {
+    for (int class = 0; class < NUM_MEMORY_CLASSES; class ++) {
         Arena arena = {0};
         lay_out(&g, class, &arena, training);
         bytes[class] = arena.used * sizeof(real);
@@ -273,7 +285,8 @@ static double gpt_loss(GPT* g, const int* targets, int B, real grad_scale) {
         classifier(g->losses + row, g->logits, targets + row, grad_scale, rows, V, Vp, grad_scale != 0);
         if (grad_scale == 0) continue;
         real* dhead = head_of(parameters_of(g, g->grads, 0));
-        matmul_backward(g->hidden + (size_t)row * (size_t)C, dhead, NULL, g->logits, lnf, head, rows, C, Vp, mm);
+        matmul_backward(g->hidden + (size_t)row * (size_t)C, dhead, NULL, g->logits, lnf, head, rows, C, Vp,
+                        mm);
     }
     matmul_release(mm);
     double sum = 0;
@@ -300,11 +313,12 @@ static void block_backward(GPT* g, int l, int B) {
     matmul_backward(g->dact, dp.fcprojw, dp.fcprojb, g->dresidual, g->act, p.fcprojw, N, FF, C, mm);
     activation_backward(g->dfc, g->dact, a->fc, N, FF, family->activation);
     matmul_backward(g->hidden, dp.fcw, dp.fcb, g->dfc, a->ln2, p.fcw, N, C, FC, mm);
-    norm_backward(g->dresidual, dp.ln2w, dp.ln2b, g->hidden, a->residual2, p.ln2w, a->ln2_mean, a->ln2_rstd, N,
-                  C, family->norm);
+    norm_backward(g->dresidual, dp.ln2w, dp.ln2b, g->hidden, a->residual2, p.ln2w, a->ln2_mean, a->ln2_rstd,
+                  N, C, family->norm);
 
     matmul_backward(g->datt, dp.attprojw, dp.attprojb, g->dresidual, a->att, p.attprojw, N, Q, C, mm);
-    attention_backward(g->dqkv, g->attention_scratch, g->datt, a->qkv, a->att, a->lse, g->doc_start, B, T, NH, NKV, HS);
+    attention_backward(g->dqkv, g->attention_scratch, g->datt, a->qkv, a->att, a->lse, g->doc_start, B, T, NH,
+                       NKV, HS);
     if (g->rope_cos != NULL) rope_backward(g->dqkv, g->rope_cos, g->rope_sin, 0, B, T, NH, NKV, HS);
     matmul_backward(g->hidden, dp.qkvw, dp.qkvb, g->dqkv, a->ln1, p.qkvw, N, C, QKV, mm);
     norm_backward(g->dresidual, dp.ln1w, dp.ln1b, g->hidden, residual, p.ln1w, a->ln1_mean, a->ln1_rstd, N, C,
@@ -347,7 +361,7 @@ static void gpt_create(GPT* g, const ModelConfig* config, int B, int T, int comp
     g->layout = parameter_layout(config);
     g->B = B, g->T = T;
     g->layers = calloc_check((size_t)config->num_hidden_layers, sizeof *g->layers);
-    for (int class = 0; class < NUM_MEMORY_CLASSES; class++) {
+    for (int class = 0; class < NUM_MEMORY_CLASSES; class ++) {
         Arena arena = {0};
         lay_out(g, class, &arena, training);
         if (arena.used == 0) continue;
@@ -356,12 +370,13 @@ static void gpt_create(GPT* g, const ModelConfig* config, int B, int T, int comp
     }
     matmul_init(&g->matmul, compute, g->matmul_scratch, largest_matmul_scratch(g));
     if (g->rope_cos != NULL)
-        rope_table(g->rope_cos, g->rope_sin, &config->rope, config->max_position_embeddings, config->head_dim);
+        rope_table(g->rope_cos, g->rope_sin, &config->rope, config->max_position_embeddings,
+                   config->head_dim);
 }
 
 static void gpt_free(GPT* g) {
     if (g->layers != NULL) matmul_free(&g->matmul);
-    for (int class = 0; class < NUM_MEMORY_CLASSES; class++) free(g->memory[class]);
+    for (int class = 0; class < NUM_MEMORY_CLASSES; class ++) free(g->memory[class]);
     free(g->layers);
     memset(g, 0, sizeof *g);
 }
@@ -372,9 +387,9 @@ static void gpt_free(GPT* g) {
 typedef struct {
     GPT* gpt; // whose weights are read; its activations are not touched
     int capacity, length;
-    real *keys, *values;                      // (L, capacity, NKV * HS)
+    real *keys, *values;                        // (L, capacity, NKV * HS)
     real *residual, *norm, *qkv, *att, *hidden; // (C) (C) (QKV) (Q) (C)
-    real *fc, *act, *logits;                  // (FC) (FF) (Vp)
+    real *fc, *act, *logits;                    // (FC) (FF) (Vp)
     Matmul matmul; // always fp32: to round a weight for one row costs more than the product
     real *matmul_scratch, *memory;
 } Decoder;
@@ -453,6 +468,7 @@ typedef struct {
     RunConfig run;
     GPT gpt;
     Tokenizer tokenizer;
+    char tokenizer_json[PATH_MAX]; // what checkpoints take along; "": no tokenizer
     DataLoader train, validation;
     int *inputs, *targets, *doc_start; // (B, T) of the current micro-batch
     int eot_id;                        // begins every document in the shards; -1: not known
@@ -473,7 +489,13 @@ static void gpt_init_weights(GPT* g, uint64_t seed) {
 }
 
 static volatile sig_atomic_t stop_signal = 0;
-static void on_signal(int signal_number) { stop_signal = signal_number; }
+
+// The first signal asks for a stop at the end of the step; a second one of the same kind ends the program at
+// once, which loses the steps since the last checkpoint and nothing else.
+static void on_signal(int signal_number) {
+    stop_signal = signal_number;
+    signal(signal_number, SIG_DFL);
+}
 
 static const char* checkpoints_directory(const Trainer* t, char out[PATH_MAX], Error* err) {
     return path_join(out, t->run.log.run_dir, "checkpoints", err) ? out : NULL;
@@ -485,7 +507,7 @@ static CheckpointData checkpoint_data(Trainer* t) {
                             .m = t->gpt.m,
                             .v = t->gpt.v,
                             .state = t->state,
-                            .tokenizer_path = t->run.data.tokenizer};
+                            .tokenizer_path = t->tokenizer_json};
 }
 
 // Fills the weights for evaluating, sampling and exporting: from checkpoint.load_from, else from the run's
@@ -519,12 +541,13 @@ static bool load_or_init(Trainer* t, bool* resumed, Error* err) {
     if (*resumed) {
         t->state = data.state;
         if (t->state.data_fingerprint != t->train.fingerprint)
-            return fail(err, EXIT_CONFIG,
-                        "the training data are not those that the checkpoint in %s was trained on (fingerprint "
-                        "%016llx, now %016llx): restore data.train and batch.sequence_length, or start another "
-                        "run with checkpoint.load_from and a new log.run_dir",
-                        directory, (unsigned long long)t->state.data_fingerprint,
-                        (unsigned long long)t->train.fingerprint);
+            return fail(
+                err, EXIT_CONFIG,
+                "the training data are not those that the checkpoint in %s was trained on (fingerprint "
+                "%016llx, now %016llx): restore data.train and batch.sequence_length, or start another "
+                "run with checkpoint.load_from and a new log.run_dir",
+                directory, (unsigned long long)t->state.data_fingerprint,
+                (unsigned long long)t->train.fingerprint);
         return true;
     }
     t->state.data_fingerprint = t->train.fingerprint;
@@ -550,10 +573,29 @@ static bool open_train(Trainer* t, Error* err) {
 // Two loaders, or a loader and the tokenizer, must speak the same tokens: hashes are compared where both are known.
 static bool same_tokenizer(const uint64_t a[2], const uint64_t b[2], const char* what, Error* err) {
     if ((a[0] | a[1]) == 0 || (b[0] | b[1]) == 0 || (a[0] == b[0] && a[1] == b[1])) return true;
-    return fail(err, EXIT_CONFIG, "%s: another tokenizer (hash %016llx%016llx) than the data were encoded with "
-                "(%016llx%016llx); encode the data anew or name their tokenizer.json", what,
-                (unsigned long long)a[1], (unsigned long long)a[0], (unsigned long long)b[1],
+    return fail(err, EXIT_CONFIG,
+                "%s: another tokenizer (hash %016llx%016llx) than the data were encoded with "
+                "(%016llx%016llx); encode the data anew or name their tokenizer.json",
+                what, (unsigned long long)a[1], (unsigned long long)a[0], (unsigned long long)b[1],
                 (unsigned long long)b[0]);
+}
+
+// Checkpoints hold a tokenizer.json: the one that was named, or the same tokenizer written anew into the run
+// directory when it came from another format.
+static bool choose_tokenizer_json(Trainer* t, Error* err) {
+    const char* path = t->run.data.tokenizer;
+    size_t n = strlen(path);
+    if (n == 0) return true;
+    bool is_json = n > 5 && strcmp(path + n - 5, ".json") == 0;
+    if (is_json && strstr(path, "encoder.json") == NULL) {
+        snprintf(t->tokenizer_json, sizeof t->tokenizer_json, "%s", path);
+        return true;
+    }
+    if (path_join(t->tokenizer_json, path, "tokenizer.json", err) && access(t->tokenizer_json, R_OK) == 0)
+        return true;
+    return make_directories(t->run.log.run_dir, err) &&
+           path_join(t->tokenizer_json, t->run.log.run_dir, "tokenizer.json", err) &&
+           tokenizer_save_json(&t->tokenizer, t->tokenizer_json, err);
 }
 
 static bool open_data(Trainer* t, bool training, Error* err) {
@@ -566,16 +608,19 @@ static bool open_data(Trainer* t, bool training, Error* err) {
         !dataloader_open(&t->validation, &validation, 1, T, vocab_size, 0, false, err))
         return false;
     const DataLoader* loader = training ? &t->train : &t->validation;
-    if (!same_tokenizer(t->validation.tokenizer_hash, loader->tokenizer_hash, "data.validation", err)) return false;
+    if (!same_tokenizer(t->validation.tokenizer_hash, loader->tokenizer_hash, "data.validation", err))
+        return false;
     t->eot_id = loader->eot_id;
     if (run->data.document_mask && t->eot_id < 0)
-        return fail(err, EXIT_CONFIG, "data.document_mask is true but the shards do not say which token begins a "
+        return fail(err, EXIT_CONFIG,
+                    "data.document_mask is true but the shards do not say which token begins a "
                     "document: encode them with `corpus encode`, or set it to false");
     if (run->data.tokenizer[0] == '\0') return true;
     if (!tokenizer_load(&t->tokenizer, run->data.tokenizer, err)) return false;
     TokenizerHash hash = tokenizer_hash(&t->tokenizer);
     uint64_t words[2] = {hash.low, hash.high};
-    return same_tokenizer(words, loader->tokenizer_hash, run->data.tokenizer, err);
+    return same_tokenizer(words, loader->tokenizer_hash, run->data.tokenizer, err) &&
+           choose_tokenizer_json(t, err);
 }
 
 static void trainer_close(Trainer* t) {
@@ -644,7 +689,8 @@ static bool generate(Trainer* t, int number, String* out, Error* err) {
     Tokens tokens = {0};
     Encoder encoder;
     encoder_init(&encoder, &t->tokenizer);
-    if (eot >= 0) tokens_append(&tokens, &(uint32_t){(uint32_t)eot}, 1); // a document begins with it, in our shards
+    if (eot >= 0)
+        tokens_append(&tokens, &(uint32_t){(uint32_t)eot}, 1); // a document begins with it, in our shards
     encode(&encoder, run->sample.prompt, strlen(run->sample.prompt), &tokens);
     encoder_free(&encoder);
     if (tokens.size == 0 || tokens.size >= (size_t)room) {
@@ -665,8 +711,8 @@ static bool generate(Trainer* t, int number, String* out, Error* err) {
         }
         if (i + 1 < tokens.size || decoder.length == decoder.capacity) continue;
         double u = random_uniform(run->sample.seed, RANDOM_SAMPLE, (uint64_t)number, tokens.size);
-        int next = sample_token(decoder.logits, V, run->sample.temperature, run->sample.top_k, run->sample.top_p,
-                                u, candidates);
+        int next = sample_token(decoder.logits, V, run->sample.temperature, run->sample.top_k,
+                                run->sample.top_p, u, candidates);
         if (next == eot) break;
         tokens_append(&tokens, &(uint32_t){(uint32_t)next}, 1);
     }
@@ -700,8 +746,10 @@ static StepResult train_step(Trainer* t, const int32_t* rows) {
     r.applied = guard_accepts(&t->state, r.loss, r.grad_norm);
     double clip = run->optimizer.grad_clip;
     double grad_scale = clip > 0 && r.grad_norm > clip ? clip / r.grad_norm : 1.0;
-    if (r.applied) gpt_update(g, run, r.lr, grad_scale, t->state.step + 1);
-    else memset(g->grads, 0, g->layout.num_parameters * sizeof(real));
+    if (r.applied)
+        gpt_update(g, run, r.lr, grad_scale, t->state.step + 1);
+    else
+        memset(g->grads, 0, g->layout.num_parameters * sizeof(real));
     t->state.step++;
     t->state.rows += (uint64_t)num_rows;
     t->state.tokens += (uint64_t)num_rows * (uint64_t)T;
@@ -717,9 +765,10 @@ static void report_step(Trainer* t, const StepResult* r, double seconds_per_step
     char left[24], bpb[16] = "-";
     format_duration(left, (double)((uint64_t)run->schedule.max_steps - t->state.step) * seconds_per_step);
     if (isfinite(t->bits_per_byte)) snprintf(bpb, sizeof bpb, "%.4f", t->bits_per_byte);
-    printf("step %6llu/%d | loss %8.4f | val bpb %s | norm %7.3f | lr %.2e | %8.0f tok/s | %6.1f GFLOP/s | left %s%s\n",
-           (unsigned long long)t->state.step, run->schedule.max_steps, r->loss, bpb, r->grad_norm, r->lr, rate,
-           gflops, left, r->applied ? "" : " | SKIPPED: not finite");
+    printf(
+        "step %6llu/%d | loss %8.4f | val bpb %s | norm %7.3f | lr %.2e | %8.0f tok/s | %6.1f GFLOP/s | left %s%s\n",
+        (unsigned long long)t->state.step, run->schedule.max_steps, r->loss, bpb, r->grad_norm, r->lr, rate,
+        gflops, left, r->applied ? "" : " | SKIPPED: not finite");
     fflush(stdout);
     String line = event_begin("step", t->state.step);
     event_number(&line, "loss", r->loss);
@@ -738,7 +787,8 @@ static bool report_evaluation(Trainer* t, Error* err) {
     double start = seconds_now();
     if (!evaluate(t, &e, err)) return false;
     t->bits_per_byte = e.bits_per_byte;
-    printf("eval %6llu | val loss %.4f | perplexity %.2f", (unsigned long long)t->state.step, e.loss, e.perplexity);
+    printf("eval %6llu | val loss %.4f | perplexity %.2f", (unsigned long long)t->state.step, e.loss,
+           e.perplexity);
     if (isfinite(e.bits_per_byte)) printf(" | %.4f bits per byte", e.bits_per_byte);
     printf(" | %llu tokens in %.1f s\n", (unsigned long long)e.tokens, seconds_now() - start);
     String line = event_begin("eval", t->state.step);
@@ -793,7 +843,8 @@ static bool train_loop(Trainer* t, const char* config_json, Error* err) {
     int rows_per_step = run->batch.global_batch_size;
     uint64_t max_steps = (uint64_t)run->schedule.max_steps;
     if (t->state.step >= max_steps) return true;
-    if (!prefetch_start(&prefetch, &t->train, t->state.rows, (uint64_t)rows_per_step, 0, rows_per_step, 2, err))
+    if (!prefetch_start(&prefetch, &t->train, t->state.rows, (uint64_t)rows_per_step, 0, rows_per_step, 2,
+                        err))
         return false;
     double smoothed = 0; // seconds a step: the mean at first, then an exponential average over about 20
     bool ok = true, saved = false;
@@ -810,11 +861,12 @@ static bool train_loop(Trainer* t, const char* config_json, Error* err) {
         saved = false;
         if (is_due(run->log.every, t->state.step, last) || !r.applied) report_step(t, &r, smoothed);
         if (t->state.consecutive_skipped >= (uint64_t)run->guard.max_skipped_steps)
-            ok = fail(err, EXIT_INTERNAL,
-                      "training diverged: loss or gradient norm was not finite in %d steps in a row up to step "
-                      "%llu; lower optimizer.learning_rate or look at the data, and resume from the last "
-                      "checkpoint (guard.max_skipped_steps is the limit)",
-                      run->guard.max_skipped_steps, (unsigned long long)t->state.step);
+            ok = fail(
+                err, EXIT_INTERNAL,
+                "training diverged: loss or gradient norm was not finite in %d steps in a row up to step "
+                "%llu; lower optimizer.learning_rate or look at the data, and resume from the last "
+                "checkpoint (guard.max_skipped_steps is the limit)",
+                run->guard.max_skipped_steps, (unsigned long long)t->state.step);
         if (ok && t->validation.rows > 0 && is_due(run->eval.every, t->state.step, last))
             ok = report_evaluation(t, err);
         if (ok && run->sample.every > 0 && is_due(run->sample.every, t->state.step, last))
@@ -823,10 +875,11 @@ static bool train_loop(Trainer* t, const char* config_json, Error* err) {
             saved = save(t, config_json, err);
             // a full disk must not end a run that may go on for days: say it, keep training, try again later
             if (!saved && !last) {
-                fprintf(stderr, "warning: no checkpoint at step %llu: %s\n", (unsigned long long)t->state.step,
-                        err->text);
+                fprintf(stderr, "warning: no checkpoint at step %llu: %s\n",
+                        (unsigned long long)t->state.step, err->text);
                 *err = (Error){0};
-            } else ok = saved;
+            } else
+                ok = saved;
         }
     }
     prefetch_stop(&prefetch);
@@ -872,8 +925,10 @@ static bool command_train(Trainer* t, const char* argument, Error* err) {
     RunConfig* run = &t->run;
     if (!make_directories(run->log.run_dir, err) || !open_data(t, true, err)) return false;
     if (run->sample.every > 0 && run->data.tokenizer[0] == '\0')
-        return fail(err, EXIT_CONFIG, "sample.every is %d but data.tokenizer is empty: name the tokenizer, or "
-                    "set sample.every to 0", run->sample.every);
+        return fail(err, EXIT_CONFIG,
+                    "sample.every is %d but data.tokenizer is empty: name the tokenizer, or "
+                    "set sample.every to 0",
+                    run->sample.every);
     gpt_create(&t->gpt, &run->model, run->batch.micro_batch_size, run->batch.sequence_length,
                run->precision.compute, true);
     create_batch(t);
@@ -896,7 +951,8 @@ static bool command_train(Trainer* t, const char* argument, Error* err) {
         event_text(&line, "reason", stop_signal != 0 ? "signal" : "done");
         event_end(&t->metrics, &line);
         if (stop_signal != 0)
-            fail(err, EXIT_STOPPED, "stopped by signal %d after saving step %llu; the same command goes on from there",
+            fail(err, EXIT_STOPPED,
+                 "stopped by signal %d after saving step %llu; the same command goes on from there",
                  (int)stop_signal, (unsigned long long)t->state.step);
         else
             printf("done: step %llu; model directory %s/checkpoints/step_%08llu\n",
@@ -922,8 +978,8 @@ static bool command_eval(Trainer* t, const char* argument, Error* err) {
     if (!open_data(t, false, err)) return false;
     if (!open_model(t, t->run.batch.micro_batch_size, t->run.batch.sequence_length, err)) return false;
     if (!evaluate(t, &e, err)) return false;
-    printf("{\"step\":%llu,\"tokens\":%llu,\"loss\":%.9g,\"perplexity\":%.9g", (unsigned long long)t->state.step,
-           (unsigned long long)e.tokens, e.loss, e.perplexity);
+    printf("{\"step\":%llu,\"tokens\":%llu,\"loss\":%.9g,\"perplexity\":%.9g",
+           (unsigned long long)t->state.step, (unsigned long long)e.tokens, e.loss, e.perplexity);
     if (isfinite(e.bits_per_byte)) printf(",\"bits_per_byte\":%.9g", e.bits_per_byte);
     printf("}\n");
     return true;
@@ -946,6 +1002,9 @@ static bool command_sample(Trainer* t, const char* argument, Error* err) {
 }
 
 static bool command_export(Trainer* t, const char* argument, Error* err) {
+    if (t->run.data.tokenizer[0] != '\0' &&
+        (!tokenizer_load(&t->tokenizer, t->run.data.tokenizer, err) || !choose_tokenizer_json(t, err)))
+        return false;
     if (!open_model(t, 1, 1, err)) return false;
     CheckpointData data = checkpoint_data(t);
     data.m = data.v = NULL;
@@ -962,7 +1021,8 @@ static double measure_matmul_rate(const ModelConfig* c, int rows, int compute) {
     real* inp = aligned_zeros((inp_size + weight_size + out_size) * sizeof(real) + 64 + scratch_bytes);
     real *weight = inp + inp_size, *out = weight + weight_size;
     Matmul mm;
-    matmul_init(&mm, compute, (char*)inp + ((inp_size + weight_size + out_size) * sizeof(real) + 63) / 64 * 64,
+    matmul_init(&mm, compute,
+                (char*)inp + ((inp_size + weight_size + out_size) * sizeof(real) + 63) / 64 * 64,
                 scratch_bytes);
     double best = 0, begin = seconds_now();
     for (int i = 0; i < 3 || seconds_now() - begin < 0.2; i++) {
@@ -997,14 +1057,19 @@ static bool command_plan(Trainer* t, const char* argument, Error* err) {
     size_t bytes[NUM_MEMORY_CLASSES];
     int B = run->batch.micro_batch_size, T = run->batch.sequence_length;
     gpt_plan(&run->model, B, T, run->precision.compute, true, bytes);
-    Plan plan = {.run = run, .num_memory = NUM_MEMORY_CLASSES, .memory_names = memory_class_names,
-                 .memory_bytes = bytes, .threads = omp_get_max_threads()};
+    Plan plan = {.run = run,
+                 .num_memory = NUM_MEMORY_CLASSES,
+                 .memory_names = memory_class_names,
+                 .memory_bytes = bytes,
+                 .threads = omp_get_max_threads()};
     plan.matmul_rate = measure_matmul_rate(&run->model, B * T < 1024 ? B * T : 1024, run->precision.compute);
     plan.copy_rate = measure_copy_rate();
     // a plan is made before there are data, too: without them it says nothing about epochs
     Error no_data = {0};
-    if (open_train(t, &no_data)) plan.train_tokens = t->train.tokens;
-    else fprintf(stderr, "note: %s\n", no_data.text);
+    if (open_train(t, &no_data))
+        plan.train_tokens = t->train.tokens;
+    else
+        fprintf(stderr, "note: %s\n", no_data.text);
     plan_print(&plan, stdout);
     return true;
 }
@@ -1033,11 +1098,12 @@ static void print_usage(FILE* out, const char* program) {
     for (int i = 0; i < NUM_COMMANDS; i++)
         fprintf(out, "  %-6s RUN.json %-8s %s\n", commands[i].name,
                 commands[i].argument != NULL ? commands[i].argument : "", commands[i].does);
-    fprintf(out, "  checkpoint verify|info|diff DIR [DIR]   check, describe or compare checkpoints\n"
-                 "  help config                             every key of a run config, as a table\n\n"
-                 "exit codes: 0 done, 64 usage, 65 damaged data, 66 missing file, 70 diverged or internal,\n"
-                 "            71 out of memory, 73 cannot create, 74 I/O error, 75 stopped by a signal after\n"
-                 "            saving (run again to go on), 78 run config\n");
+    fprintf(out,
+            "  checkpoint verify|info|diff DIR [DIR]   check, describe or compare checkpoints\n"
+            "  help config                             every key of a run config, as a table\n\n"
+            "exit codes: 0 done, 64 usage, 65 damaged data, 66 missing file, 70 diverged or internal,\n"
+            "            71 out of memory, 73 cannot create, 74 I/O error, 75 stopped by a signal after\n"
+            "            saving (run again to go on), 78 run config\n");
 }
 
 static int run_checkpoint_command(int argc, char** argv) {
@@ -1050,9 +1116,12 @@ static int run_checkpoint_command(int argc, char** argv) {
 
 int main(int argc, char** argv) {
     const char* program = argv[0];
-    if (argc >= 2 && (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0 || strcmp(argv[1], "help") == 0)) {
-        if (argc == 3 && strcmp(argv[2], "config") == 0) config_print_reference(stdout);
-        else print_usage(stdout, program);
+    if (argc >= 2 &&
+        (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0 || strcmp(argv[1], "help") == 0)) {
+        if (argc == 3 && strcmp(argv[2], "config") == 0)
+            config_print_reference(stdout);
+        else
+            print_usage(stdout, program);
         return EXIT_OK;
     }
     if (argc == 2 && strcmp(argv[1], "--version") == 0) {
@@ -1067,6 +1136,11 @@ int main(int argc, char** argv) {
         command = &commands[i];
         argc--, argv++;
         break;
+    }
+    if (argc > 0 && strchr(argv[0], '.') == NULL && access(argv[0], R_OK) != 0) {
+        fprintf(stderr, "error: %s is neither a command nor a run config; %s --help lists the commands\n",
+                argv[0], program);
+        return EXIT_USAGE;
     }
     int needed = command->argument != NULL ? 2 : 1;
     if (argc < needed) {

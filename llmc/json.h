@@ -1,12 +1,16 @@
-// JSON for run configs and small files, on top of cJSON: comments, line numbers for messages, duplicate keys,
-// and text escaped for what we write. cJSON itself knows no positions, so a line is found by walking the text
-// a second time: only when there is something to complain about.
+// JSON for run configs and small files, on top of cJSON: comments, sources with line numbers for messages, and
+// text escaped for what we write. cJSON itself knows no positions and cuts a string at \u0000, so the text is
+// looked at before it is parsed, and walked again for a line only when there is something to complain about.
+//
+// Limits: 1 MiB, 32 levels of nesting, 1,000 keys an object. cJSON gets a NUL-terminated copy, never a length:
+// its parsing by length reads past the end in Debian 12's version, 1.7.15.
 #pragma once
 #include <cjson/cJSON.h>
+#include <math.h>
 
 #include "llmc/utils.h" // defines: Error, fail, String
 
-enum { JSON_MAX_BYTES = 1 << 20, JSON_MAX_DEPTH = 32 };
+enum { JSON_MAX_BYTES = 1 << 20, JSON_MAX_DEPTH = 32, JSON_MAX_KEYS = 1000 };
 
 // ----------------------------------------------------------------------------
 // writing
@@ -14,23 +18,27 @@ enum { JSON_MAX_BYTES = 1 << 20, JSON_MAX_DEPTH = 32 };
 static inline void json_append_string(String* out, const char* text) {
     string_append_bytes(out, "\"", 1);
     for (const unsigned char* c = (const unsigned char*)text; *c != '\0'; c++) {
-        if (*c == '"' || *c == '\\') string_append(out, "\\%c", *c);
-        else if (*c == '\n') string_append_bytes(out, "\\n", 2);
-        else if (*c == '\t') string_append_bytes(out, "\\t", 2);
-        else if (*c < 32 || *c == 127) string_append(out, "\\u%04x", *c);
-        else string_append_bytes(out, c, 1);
+        if (*c == '"' || *c == '\\')
+            string_append(out, "\\%c", *c);
+        else if (*c == '\n')
+            string_append_bytes(out, "\\n", 2);
+        else if (*c < 32 || *c == 127)
+            string_append(out, "\\u%04x", *c);
+        else
+            string_append_bytes(out, c, 1);
     }
     string_append_bytes(out, "\"", 1);
 }
 
-// The shortest of %.15g, %.16g and %.17g that reads back as the same double.
+// The shortest of %.15g, %.16g and %.17g that reads back as the same finite double; always with a point or an
+// exponent, because readers that tell 8 from 8.0 exist.
 static inline void json_append_number(String* out, double value) {
     char text[40];
     for (int digits = 15; digits <= 17; digits++) {
         snprintf(text, sizeof text, "%.*g", digits, value);
         if (strtod(text, NULL) == value) break;
     }
-    string_append(out, "%s", text);
+    string_append(out, "%s%s", text, strpbrk(text, ".e") == NULL ? ".0" : "");
 }
 
 // ----------------------------------------------------------------------------
@@ -42,6 +50,8 @@ static inline size_t json_skip_string(const char* text, size_t size, size_t i) {
         if (text[i] == '\\') i++;
     return i < size ? i + 1 : size;
 }
+
+static inline bool json_is_space(char c) { return c == ' ' || c == '\t' || c == '\r' || c == '\n'; }
 
 static inline int json_line_at(const char* text, size_t position) {
     int line = 1;
@@ -64,149 +74,180 @@ static inline bool json_blank_comments(char* text, size_t size, const char* name
                             json_line_at(text, begin));
             for (; i < end + 2; i++)
                 if (text[i] != '\n') text[i] = ' ';
-        } else i++;
+        } else {
+            i++;
+        }
     }
     return true;
 }
 
-// The line of the key `inner` of the object that is the value of `outer` (outer "" : of the top-level object);
-// occurrence 2 finds the second of two equal keys. 0 when it is not there. Keys with escapes are not found.
-static inline int json_line_of(const char* text, size_t size, const char* outer, const char* inner,
-                               int occurrence) {
+// How deep objects and arrays are nested.
+static inline int json_depth(const char* text, size_t size) {
+    int depth = 0, deepest = 0;
+    for (size_t i = 0; i < size; i++) {
+        if (text[i] == '"')
+            i = json_skip_string(text, size, i) - 1;
+        else if (text[i] == '{' || text[i] == '[')
+            depth++;
+        else if (text[i] == '}' || text[i] == ']')
+            depth--;
+        deepest = depth > deepest ? depth : deepest;
+    }
+    return deepest;
+}
+
+// Where a string holds the character NUL as \u0000, at which cJSON's strings would end; size if none does.
+static inline size_t json_find_nul(const char* text, size_t size) {
+    for (size_t i = 0; i + 5 < size; i++) {
+        if (text[i] != '\\') continue;
+        if (memcmp(text + i + 1, "u0000", 5) == 0) return i;
+        i++;
+    }
+    return size;
+}
+
+// Is the newest key at each level, keys[1] ... keys[depth], the dotted path?
+static inline bool json_path_is(const char* const* keys, const size_t* sizes, int depth, const char* path) {
+    for (int level = 1; level <= depth; level++) {
+        if (keys[level] == NULL || strncmp(keys[level], path, sizes[level]) != 0) return false;
+        path += sizes[level];
+        if (*path != (level < depth ? '.' : '\0')) return false;
+        path++;
+    }
+    return true;
+}
+
+// The line of the key at a dotted path, "batch.micro_batch_size"; occurrence 2 finds the second of two equal
+// keys. 0 when it is not there, or spelled with escapes.
+static inline int json_line_of(const char* text, size_t size, const char* path, int occurrence) {
     const char* keys[JSON_MAX_DEPTH + 1] = {NULL};
-    size_t lengths[JSON_MAX_DEPTH + 1] = {0};
-    int depth = 0, wanted = outer[0] == '\0' ? 1 : 2;
+    size_t sizes[JSON_MAX_DEPTH + 1] = {0};
+    int depth = 0, wanted = 1;
+    for (const char* c = path; *c != '\0'; c++) wanted += *c == '.';
     for (size_t i = 0; i < size;) {
-        if (text[i] == '{' || text[i] == '[') depth++;
+        if ((text[i] == '{' || text[i] == '[') && ++depth >= 1 && depth <= JSON_MAX_DEPTH) keys[depth] = NULL;
         if (text[i] == '}' || text[i] == ']') depth--;
-        if (text[i] != '"' || depth < 0 || depth > JSON_MAX_DEPTH) {
+        if (text[i] != '"') {
             i++;
             continue;
         }
         size_t begin = i + 1, end = json_skip_string(text, size, i);
-        i = end;
-        while (i < size && strchr(" \t\r\n", text[i]) != NULL && text[i] != '\0') i++;
-        if (i >= size || text[i] != ':') continue; // a value, not a key
-        keys[depth] = text + begin, lengths[depth] = end - begin - 1;
-        bool inside = depth == wanted && (wanted == 1 || (lengths[1] == strlen(outer) && keys[1] != NULL &&
-                                                          memcmp(keys[1], outer, lengths[1]) == 0));
-        if (inside && lengths[depth] == strlen(inner) && memcmp(keys[depth], inner, lengths[depth]) == 0 &&
-            --occurrence == 0)
+        for (i = end; i < size && json_is_space(text[i]);) i++;
+        if (i >= size || text[i] != ':' || depth < 1 || depth > JSON_MAX_DEPTH)
+            continue; // a value, not a key
+        keys[depth] = text + begin, sizes[depth] = end - begin - 1;
+        if (depth == wanted && json_path_is(keys, sizes, depth, path) && --occurrence == 0)
             return json_line_at(text, begin);
     }
     return 0;
 }
 
-static inline int json_depth(const char* text, size_t size) {
-    int depth = 0, deepest = 0;
-    for (size_t i = 0; i < size;) {
-        if (text[i] == '"') {
-            i = json_skip_string(text, size, i);
-            continue;
-        }
-        if (text[i] == '{' || text[i] == '[') depth++;
-        if (text[i] == '}' || text[i] == ']') depth--;
-        deepest = depth > deepest ? depth : deepest;
-        i++;
-    }
-    return deepest;
-}
-
 // ----------------------------------------------------------------------------
-// reading
+// messages: "FILE:LINE: section.key is VALUE; RULE"
 
-// An object from text, which is changed (comments are blanked). NULL on failure; the caller deletes.
-static inline cJSON* json_parse_object(char* text, size_t size, const char* name, Error* err) {
-    if (size > JSON_MAX_BYTES) {
-        fail(err, EXIT_CONFIG, "%s: %zu bytes; a config has at most %d", name, size, JSON_MAX_BYTES);
-        return NULL;
-    }
-    const char* nul = (const char*)memchr(text, '\0', size);
-    if (nul != NULL) {
-        fail(err, EXIT_CONFIG, "%s:%d: a NUL byte; a config is text", name, json_line_at(text, (size_t)(nul - text)));
-        return NULL;
-    }
-    if (!json_blank_comments(text, size, name, err)) return NULL;
-    if (json_depth(text, size) > JSON_MAX_DEPTH) {
-        fail(err, EXIT_CONFIG, "%s: objects and arrays are nested more than %d deep", name, JSON_MAX_DEPTH);
-        return NULL;
-    }
-    const char* stopped = NULL;
-    cJSON* json = cJSON_ParseWithOpts(text, &stopped, 1);
-    if (json == NULL) {
-        size_t at = stopped != NULL && stopped >= text && stopped <= text + size ? (size_t)(stopped - text) : size;
-        while (at < size && strchr(" \t\r\n", text[at]) != NULL) at++;
-        char near[24] = {0};
-        for (size_t i = 0; i < sizeof near - 1 && at + i < size && (unsigned char)text[at + i] >= 32; i++)
-            near[i] = text[at + i];
-        fail(err, EXIT_CONFIG, "%s:%d: not JSON from here on: %s%s", name, json_line_at(text, at),
-             near[0] != '\0' ? near : "the end of the line or file", at >= size ? " (something is not closed)" : "");
-        return NULL;
-    }
-    if (!cJSON_IsObject(json)) {
-        cJSON_Delete(json);
-        fail(err, EXIT_CONFIG, "%s: the top level must be an object: { ... }", name);
-        return NULL;
-    }
-    return json;
-}
-
-// The first key that an object holds twice; NULL when all are different.
-static inline const char* json_duplicate(const cJSON* object) {
-    for (const cJSON* a = object->child; a != NULL; a = a->next)
-        for (const cJSON* b = a->next; b != NULL; b = b->next)
-            if (strcmp(a->string, b->string) == 0) return a->string;
-    return NULL;
-}
-
-// Where keys come from: a file's text, and behind it the overrides of the command line ("section.key=value").
+// Where keys come from: a file, and on top of it the overrides of the command line, "section.key=value".
 typedef struct {
     const char* name; // of the file
-    const char* text;
+    const char* text; // its text, comments blanked
     size_t size;
+    const char* section; // what the file's top level is: "", or "model" for a config.json that a run names
     int num_overrides;
     char** overrides;
 } JsonSource;
 
-// "FILE:LINE: section.key" or "command line: section.key", for messages. section "" is the top level; a key
-// that is not there is named without a line. The result lives until the next call.
-static inline const char* json_where_nth(const JsonSource* source, const char* section, const char* key,
-                                         int occurrence) {
-    static char where[512];
-    const char* dot = section[0] != '\0' ? "." : "";
-    char full[128];
-    snprintf(full, sizeof full, "%s%s%s", section, dot, key);
+// One value, and what a message says about it.
+typedef struct {
+    const JsonSource* source;
+    char path[128];    // "section.key"
+    const cJSON* item; // NULL: not there
+} JsonValue;
+
+// object[key], where the object stands at path ("": the top level)
+static inline JsonValue json_member(const JsonSource* source, const char* path, const cJSON* object,
+                                    const char* key) {
+    JsonValue v;
+    v.source = source;
+    v.item = cJSON_GetObjectItemCaseSensitive(object, key);
+    snprintf(v.path, sizeof v.path, "%s%s%s", path, path[0] != '\0' ? "." : "", key);
+    return v;
+}
+
+// Does an override of the command line set this, something inside it, or something that it is inside of? (One
+// that names a file as the source's whole section sets nothing inside of that.)
+static inline bool json_is_overridden(const JsonSource* source, const char* path) {
     for (int i = 0; i < source->num_overrides; i++) {
-        size_t n = strlen(full);
-        if (strncmp(source->overrides[i], full, n) == 0 && source->overrides[i][n] == '=') {
-            snprintf(where, sizeof where, "command line: %s", full);
-            return where;
-        }
+        const char* o = source->overrides[i];
+        size_t n = strcspn(o, "="), m = strlen(path), common = n < m ? n : m;
+        if (n <= strlen(source->section) || strncmp(o, path, common) != 0) continue;
+        if (n == m || (n < m ? path : o)[common] == '.') return true;
     }
-    int line = json_line_of(source->text, source->size, section, key, occurrence);
-    if (line > 0) snprintf(where, sizeof where, "%.300s:%d: %s", source->name, line, full);
-    else snprintf(where, sizeof where, "%.300s: %s", source->name, full);
-    return where;
-}
-static inline const char* json_where(const JsonSource* source, const char* section, const char* key) {
-    return json_where_nth(source, section, key, 1);
+    return false;
 }
 
-// What a value looks like in a message: at most 40 characters. The result lives until the next call.
-static inline const char* json_show(const cJSON* value) {
-    static char shown[48];
-    char* text = cJSON_PrintUnformatted(value);
-    snprintf(shown, sizeof shown, "%.40s%s", text != NULL ? text : "?",
-             text != NULL && strlen(text) > 40 ? "..." : "");
+// "FILE:LINE: section.key" or "command line: section.key"; a key that is not in the text has no line.
+static inline void json_append_where(String* out, const JsonValue* v) {
+    const JsonSource* source = v->source;
+    const char* path = v->path;
+    if (json_is_overridden(source, path)) {
+        string_append(out, "command line: %s", path);
+        return;
+    }
+    size_t n = strlen(source->section);
+    if (n != 0 && strncmp(path, source->section, n) == 0 && path[n] == '.') path += n + 1;
+    int line = json_line_of(source->text, source->size, path, 1);
+    string_append(out, "%s:", source->name);
+    if (line > 0) string_append(out, "%d:", line);
+    string_append(out, " %s", path);
+}
+
+// What a value looks like: at most 60 bytes of its JSON.
+static inline void json_append_shown(String* out, const cJSON* item) {
+    if (cJSON_IsNumber(item) && !isfinite(item->valuedouble)) {
+        string_append(out, "too large a number");
+        return;
+    }
+    char* text = cJSON_PrintUnformatted(item);
+    CHECK(text != NULL);
+    string_append(out, "%.60s%s", text, strlen(text) > 60 ? "..." : "");
     cJSON_free(text);
-    return shown;
 }
 
-// Edits that turn a into b (Levenshtein's distance), for "did you mean"; names up to 63 characters.
-static inline int edit_distance(const char* a, const char* b) {
+// WHERE, then the formatted rest of the sentence.
+__attribute__((format(printf, 3, 4))) static inline bool fail_at(Error* err, const JsonValue* v,
+                                                                 const char* format, ...) {
+    char rest[640];
+    String where = {NULL, 0, 0};
+    va_list args;
+    va_start(args, format);
+    vsnprintf(rest, sizeof rest, format, args);
+    va_end(args);
+    json_append_where(&where, v);
+    fail(err, EXIT_CONFIG, "%s%s", where.data, rest);
+    free(where.data);
+    return false;
+}
+
+// "WHERE is VALUE; " or "WHERE is missing; ", then the formatted rule.
+__attribute__((format(printf, 3, 4))) static inline bool fail_value(Error* err, const JsonValue* v,
+                                                                    const char* format, ...) {
+    char rule[512];
+    String shown = {NULL, 0, 0};
+    va_list args;
+    va_start(args, format);
+    vsnprintf(rule, sizeof rule, format, args);
+    va_end(args);
+    if (v->item != NULL) json_append_shown(&shown, v->item);
+    fail_at(err, v, " is %s; %s", v->item != NULL ? shown.data : "missing", rule);
+    free(shown.data);
+    return false;
+}
+
+// Edits that turn a into b (Levenshtein's distance), for "did you mean"; names of 64 bytes and more are far
+// from everything.
+static inline int name_distance(const char* a, const char* b) {
     size_t n = strlen(a), m = strlen(b);
     int row[64];
-    if (n > 63 || m > 63) return INT_MAX;
+    if (n > 63 || m > 63) return INT_MAX / 2;
     for (size_t j = 0; j <= m; j++) row[j] = (int)j;
     for (size_t i = 1; i <= n; i++) {
         int diagonal = row[0];
@@ -219,4 +260,113 @@ static inline int edit_distance(const char* a, const char* b) {
         }
     }
     return row[m];
+}
+
+// Keeps the candidate that is nearest to key so far; ties go to the first.
+static inline void nearest_name(const char* key, const char* candidate, const char** best) {
+    if (*best == NULL || name_distance(key, candidate) < name_distance(key, *best)) *best = candidate;
+}
+
+// ----------------------------------------------------------------------------
+// reading
+
+// Values of a wanted type; anything else, a missing one too, is the user's error.
+static inline bool json_read_number(double* out, const JsonValue* v, bool whole, double min, double max,
+                                    Error* err) {
+    double value = cJSON_IsNumber(v->item) ? v->item->valuedouble : NAN;
+    if (!(value >= min && value <= max) || (whole && value != floor(value)))
+        return fail_value(err, v, "%s from %.16g to %.16g is wanted", whole ? "a whole number" : "a number",
+                          min, max);
+    *out = value;
+    return true;
+}
+
+static inline bool json_read_bool(bool* out, const JsonValue* v, Error* err) {
+    if (!cJSON_IsBool(v->item)) return fail_value(err, v, "true or false is wanted");
+    *out = cJSON_IsTrue(v->item) != 0;
+    return true;
+}
+
+static inline bool json_read_text(char* out, size_t capacity, const JsonValue* v, Error* err) {
+    const char* text = cJSON_GetStringValue(v->item);
+    if (text == NULL) return fail_value(err, v, "text in quotes is wanted");
+    if (strlen(text) >= capacity)
+        return fail_at(err, v, " is %zu bytes long; at most %zu are possible", strlen(text), capacity - 1);
+    memcpy(out, text, strlen(text) + 1);
+    return true;
+}
+
+// No object holds a key twice, nor more keys than anybody would write.
+static inline bool json_check_keys(const cJSON* node, const char* path, const JsonSource* source,
+                                   Error* err) {
+    int count = 0;
+    for (const cJSON* a = node->child; a != NULL; a = a->next) {
+        bool named = cJSON_IsObject(node); // an array's children have no names, and stand at its own path
+        JsonValue v = json_member(source, path, node, named ? a->string : "");
+        if (named && ++count > JSON_MAX_KEYS)
+            return fail(err, EXIT_CONFIG, "%s: an object has more than %d keys", source->name, JSON_MAX_KEYS);
+        for (const cJSON* b = a->next; named && b != NULL; b = b->next) {
+            if (strcmp(a->string, b->string) != 0) continue;
+            int again = json_line_of(source->text, source->size, v.path, 2);
+            if (again == 0) return fail_at(err, &v, " is given twice");
+            return fail_at(err, &v, " is given twice, again in line %d", again);
+        }
+        if (!json_check_keys(a, named ? v.path : path, source, err)) return false;
+    }
+    return true;
+}
+
+// Blanks comments, and finds what cJSON would not notice or would choke on.
+static inline bool json_prepare(char* text, size_t size, const char* name, Error* err) {
+    if (size > JSON_MAX_BYTES)
+        return fail(err, EXIT_CONFIG, "%s: %zu bytes; a config has at most %d", name, size, JSON_MAX_BYTES);
+    if (size >= 3 && memcmp(text, "\xEF\xBB\xBF", 3) == 0)
+        return fail(err, EXIT_CONFIG, "%s:1: begins with a byte order mark; save it as UTF-8 without one",
+                    name);
+    if (!json_blank_comments(text, size, name, err)) return false;
+    const char* nul = (const char*)memchr(text, '\0', size);
+    size_t at = nul != NULL ? (size_t)(nul - text) : json_find_nul(text, size);
+    if (at < size)
+        return fail(err, EXIT_CONFIG, "%s:%d: a NUL character; a config is text", name,
+                    json_line_at(text, at));
+    if (json_depth(text, size) > JSON_MAX_DEPTH)
+        return fail(err, EXIT_CONFIG, "%s: objects and arrays are nested more than %d deep", name,
+                    JSON_MAX_DEPTH);
+    return true;
+}
+
+static inline void fail_syntax(const char* text, size_t size, size_t at, const char* name, Error* err) {
+    while (at < size && json_is_space(text[at])) at++;
+    size_t shown = 0;
+    while (shown < 24 && at + shown < size && (unsigned char)text[at + shown] >= 32) shown++;
+    if (at < size)
+        fail(err, EXIT_CONFIG, "%s:%d: not JSON from here on: %.*s", name, json_line_at(text, at), (int)shown,
+             text + at);
+    else
+        fail(err, EXIT_CONFIG, "%s:%d: the file ends inside an object, an array or a string", name,
+             json_line_at(text, size));
+}
+
+// The object that source->text holds; text is the same memory, with a NUL behind its last byte, for comments are
+// blanked in it. NULL on failure; the caller deletes.
+static inline cJSON* json_parse_object(char* text, const JsonSource* source, Error* err) {
+    const char* name = source->name;
+    size_t size = source->size, begin = 0;
+    if (!json_prepare(text, size, name, err)) return NULL;
+    while (begin < size && json_is_space(text[begin])) begin++;
+    if (begin == size) {
+        fail(err, EXIT_CONFIG, "%s is empty; an object, { ... }, is wanted", name);
+        return NULL;
+    }
+    const char* stopped = NULL;
+    cJSON* json = cJSON_ParseWithOpts(text, &stopped, 1);
+    if (json == NULL)
+        fail_syntax(text, size, stopped != NULL ? (size_t)(stopped - text) : size, name, err);
+    else if (!cJSON_IsObject(json))
+        fail(err, EXIT_CONFIG, "%s:%d: the top level must be an object, { ... }", name,
+             json_line_at(text, begin));
+    else if (json_check_keys(json, "", source, err))
+        return json;
+    cJSON_Delete(json);
+    return NULL;
 }

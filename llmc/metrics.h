@@ -39,8 +39,10 @@ static inline String event_begin(const char* event, uint64_t step) {
 }
 
 static inline void event_number(String* line, const char* key, double value) {
-    if (isfinite(value)) string_append(line, ",\"%s\":%.9g", key, value);
-    else string_append(line, ",\"%s\":null", key); // JSON has no NaN
+    if (isfinite(value))
+        string_append(line, ",\"%s\":%.9g", key, value);
+    else
+        string_append(line, ",\"%s\":null", key); // JSON has no NaN
 }
 
 static inline void event_text(String* line, const char* key, const char* text) {
@@ -61,9 +63,12 @@ static inline void event_end(Metrics* m, String* line) {
 // "1h02m", "3m07s", "12s"
 static inline void format_duration(char out[24], double seconds) {
     long s = seconds > 0 && seconds < 1e9 ? (long)(seconds + 0.5) : 0;
-    if (s >= 3600) snprintf(out, 24, "%ldh%02ldm", s / 3600, s / 60 % 60);
-    else if (s >= 60) snprintf(out, 24, "%ldm%02lds", s / 60, s % 60);
-    else snprintf(out, 24, "%lds", s);
+    if (s >= 3600)
+        snprintf(out, 24, "%ldh%02ldm", s / 3600, s / 60 % 60);
+    else if (s >= 60)
+        snprintf(out, 24, "%ldm%02lds", s / 60, s % 60);
+    else
+        snprintf(out, 24, "%lds", s);
 }
 
 // Text of a model for a person's terminal: control bytes would move the cursor or worse, so they are shown
@@ -71,7 +76,9 @@ static inline void format_duration(char out[24], double seconds) {
 static inline void print_escaped(FILE* out, const char* text, size_t size) {
     for (size_t i = 0; i < size; i++) {
         unsigned char c = (unsigned char)text[i];
-        if (c == '\n' || c == '\t' || (c >= 32 && c != 127)) fputc(c, out);
-        else fprintf(out, "\\x%02x", c);
+        if (c == '\n' || c == '\t' || (c >= 32 && c != 127))
+            fputc(c, out);
+        else
+            fprintf(out, "\\x%02x", c);
     }
 }

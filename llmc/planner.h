@@ -10,8 +10,8 @@ typedef struct {
     int num_memory; // lines of the memory table
     const char* const* memory_names;
     const size_t* memory_bytes;
-    double matmul_rate;    // FLOP/s, measured
-    double copy_rate;      // bytes/s read and written, measured
+    double matmul_rate; // FLOP/s, measured
+    double copy_rate;   // bytes/s read and written, measured
     int threads;
     uint64_t train_tokens; // 0: no data yet
 } Plan;
@@ -31,8 +31,9 @@ static inline const char* with_commas(char out[32], uint64_t n) {
 static inline void plan_print_model(const RunConfig* run, FILE* out) {
     const ModelConfig* c = &run->model;
     char n[32], matmul[32];
-    fprintf(out, "model        %s: %d layers, hidden %d, %d query and %d key/value heads of %d, feed-forward %d, "
-                 "vocabulary %d (%d in memory), %s head\n",
+    fprintf(out,
+            "model        %s: %d layers, hidden %d, %d query and %d key/value heads of %d, feed-forward %d, "
+            "vocabulary %d (%d in memory), %s head\n",
             c->family->model_type, c->num_hidden_layers, c->hidden_size, c->num_attention_heads,
             c->num_key_value_heads, c->head_dim, c->intermediate_size, c->vocab_size,
             padded_vocab_size(c->vocab_size), c->tie_word_embeddings ? "tied" : "untied");
@@ -66,23 +67,31 @@ static inline void plan_print(const Plan* plan, FILE* out) {
     const RunConfig* run = plan->run;
     int T = run->batch.sequence_length, B = run->batch.micro_batch_size, G = run->batch.global_batch_size;
     uint64_t tokens = (uint64_t)G * (uint64_t)T, all = tokens * (uint64_t)run->schedule.max_steps;
-    double causal = flops_per_token(&run->model, T, FLOPS_CAUSAL), palm = flops_per_token(&run->model, T, FLOPS_PALM);
+    double causal = flops_per_token(&run->model, T, FLOPS_CAUSAL),
+           palm = flops_per_token(&run->model, T, FLOPS_PALM);
     double seconds = plan_step_seconds(plan);
     char a[32], b[32], step[16], whole[24];
     plan_print_model(run, out);
-    fprintf(out, "batch        %d sequences of %d = %s tokens a step, in %d micro-batches of %d; %s tokens in %d steps\n",
-            G, T, with_commas(a, tokens), G / B, B, with_commas(b, all), run->schedule.max_steps);
+    fprintf(
+        out,
+        "batch        %d sequences of %d = %s tokens a step, in %d micro-batches of %d; %s tokens in %d steps\n",
+        G, T, with_commas(a, tokens), G / B, B, with_commas(b, all), run->schedule.max_steps);
     if (plan->train_tokens != 0)
         fprintf(out, "data         %s tokens: %.2f epochs\n", with_commas(a, plan->train_tokens),
                 (double)all / (double)plan->train_tokens);
-    fprintf(out, "compute      %.4g FLOP a token counting causal attention (6 N + 6 L T Q), %.4g by PaLM's convention\n"
-                 "             (6 N + 12 L T Q); %.3g FLOP in all (causal)\n", causal, palm, causal * (double)all);
+    fprintf(
+        out,
+        "compute      %.4g FLOP a token counting causal attention (6 N + 6 L T Q), %.4g by PaLM's convention\n"
+        "             (6 N + 12 L T Q); %.3g FLOP in all (causal)\n",
+        causal, palm, causal * (double)all);
     plan_print_memory(plan, out);
     format_duration(whole, seconds * run->schedule.max_steps);
     snprintf(step, sizeof step, seconds < 1 ? "%.0f ms" : "%.2f s", seconds < 1 ? 1000 * seconds : seconds);
-    fprintf(out, "time         about %s a step, %.0f tokens/s, %s in all: an estimate from a matmul at %.0f GFLOP/s\n"
-                 "             and a copy at %.1f GB/s, measured now on %d threads\n",
-            step, (double)tokens / seconds, whole, plan->matmul_rate / 1e9, plan->copy_rate / 1e9, plan->threads);
+    fprintf(
+        out,
+        "time         about %s a step, %.0f tokens/s, %s in all: an estimate from a matmul at %.0f GFLOP/s\n"
+        "             and a copy at %.1f GB/s, measured now on %d threads\n",
+        step, (double)tokens / seconds, whole, plan->matmul_rate / 1e9, plan->copy_rate / 1e9, plan->threads);
     // fp32 weights and two moments
     fprintf(out, "checkpoint   %s bytes each, plus a few kilobytes; %d kept\n",
             with_commas(a, 12 * model_num_parameters(&run->model)), run->checkpoint.keep_last);

@@ -90,7 +90,7 @@ static inline size_t ascii_piece_gpt2(const uint8_t* p, const uint8_t* end) {
 static inline size_t ascii_piece_gpt4(const uint8_t* p, const uint8_t* end, int max_digits, bool whole_tail) {
     uint8_t c = *p, next = end - p > 1 ? p[1] : ' ';
     if (is_letter(c)) return ascii_piece(p, skip_letters(p, end), end);
-    if (!is_ascii(c) || (!is_ascii(next) && !is_digit(c))) return 0; // 'ſ is a contraction, (é a word
+    if (!is_ascii(c)) return 0;
     size_t contraction = c == '\'' ? ascii_contraction(p, end, true) : 0;
     if (contraction != 0) return contraction;
     const uint8_t* q = p;

@@ -16,9 +16,9 @@ vocab_size=8192
 overrides=()
 if [ -n "$QUICK" ]; then
     vocab_size=1024
-    overrides=(model.vocab_size=1024 model.hidden_size=64 model.intermediate_size=192
-        model.num_hidden_layers=2 model.num_attention_heads=4 model.num_key_value_heads=2
-        schedule.max_steps=30 schedule.warmup_steps=5 eval.every=15 eval.batches=4 log.every=5)
+    overrides=(model.hidden_size=64 model.intermediate_size=192 model.num_hidden_layers=2
+        model.num_attention_heads=4 model.num_key_value_heads=2 schedule.max_steps=30
+        schedule.warmup_steps=5 eval.every=15 eval.batches=4 log.every=5)
 fi
 own_text="or give a text of your own: make quickstart TEXT=/path/to/file"
 
@@ -49,8 +49,8 @@ fetch_austen() {
     rm -rf "$work"
 }
 
-# Validation text is set apart by whole documents, so a text in few files ($1) has to be cut into documents: at
-# the widest gaps of which its first 64 MB have at least 100.
+# Validation text is set apart by whole documents, so a text in few files ($1) has to be cut into documents:
+# at the widest gaps of which its first 64 MB have at least 100.
 choose_separator() {
     local gap
     [ "$(find -L "$1" -type f | wc -l)" -lt 100 ] || return 0
@@ -59,21 +59,23 @@ choose_separator() {
         { find -L "$1" -type f -exec cat {} + 2>/dev/null || true; } | head -c 64M | python3 -c '
 import sys
 gap = sys.argv[1].encode().decode("unicode_escape").encode()
-sys.exit(sys.stdin.buffer.read().count(gap) < 100)' "$gap" && return
+sys.exit(sys.stdin.buffer.read().count(gap) < 100)' "$gap" && break
     done
 }
 
-mkdir -p "$dir"
 separator=()
 if [ -z "$TEXT" ]; then
     input=$dir/austen.jsonl
+    mkdir -p "$dir"
     if [ ! -e "$input" ]; then
         say "text: six novels by Jane Austen"
         fetch_austen "$input"
     fi
 else
     [ -r "$TEXT" ] || give_up 66 "TEXT=$TEXT: there is no such file or folder"
-    input=$TEXT
+    input=$TEXT bytes=$(du -bsL "$TEXT" | cut -f 1)
+    [ "$bytes" -ge 100000 ] || give_up 65 "TEXT=$TEXT has $bytes bytes: at least 100 kB are needed to learn from"
+    [ "$bytes" -ge 1000000 ] || vocab_size=1024 # it has too few different words for more
     case $TEXT in
     *.jsonl | *.jsonl.gz | *.jsonl.zst) ;; # a document a line
     *.gz | *.zst) separator=(--document-separator '\n\n') ;;
@@ -85,6 +87,7 @@ fi
 if [ -e "$dir/source" ] && [ "$(cat "$dir/source")" != "$input" ]; then
     give_up 64 "$dir was made from $(cat "$dir/source"), not from $input: remove it or add DIR=/another/place"
 fi
+mkdir -p "$dir"
 echo "$input" >"$dir/source"
 
 # ----------------------------------------------------------------------------
@@ -111,7 +114,7 @@ if [ ! -e "$run/done" ] || [ configs/quickstart.json -nt "$run/done" ]; then
     say "training (Ctrl-C saves and stops; the same command goes on)"
     ./train_gpt_cpu configs/quickstart.json "data.train=$dir/data/train_*.bin" \
         "data.validation=$dir/data/val_*.bin" "data.tokenizer=$dir/tokenizer.json" "log.run_dir=$run" \
-        "${overrides[@]}"
+        model.vocab_size=$vocab_size "${overrides[@]}"
     touch "$run/done"
     rm -f "$dir/sample.txt"
 fi

@@ -71,10 +71,11 @@ static void bench(int B, int T, int compute, int steps) {
     struct rusage usage;
     getrusage(RUSAGE_SELF, &usage);
     double flops = (double)(B * T) * flops_per_token(&c, T, FLOPS_CAUSAL), median = times[steps / 2];
-    printf("%-5s B=%d T=%-4d  median %6.0f ms (best %6.0f)  %6.0f tok/s  %6.1f GFLOP/s  ratio to matmul alone %.2f"
-           "  peak %.2f GB\n",
-           compute == MATMUL_BF16 ? "bf16" : "fp32", B, T, 1e3 * median, 1e3 * times[0], B * T / median,
-           flops / median / 1e9, median / (flops / rate), (double)usage.ru_maxrss * 1024 / 1e9);
+    printf(
+        "%-5s B=%d T=%-4d  median %6.0f ms (best %6.0f)  %6.0f tok/s  %6.1f GFLOP/s  ratio to matmul alone %.2f"
+        "  peak %.2f GB\n",
+        compute == MATMUL_BF16 ? "bf16" : "fp32", B, T, 1e3 * median, 1e3 * times[0], B * T / median,
+        flops / median / 1e9, median / (flops / rate), (double)usage.ru_maxrss * 1024 / 1e9);
     fflush(stdout);
 }
 

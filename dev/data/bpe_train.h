@@ -128,7 +128,8 @@ typedef struct {
     uint32_t size;
 } Word;
 
-// Two adjacent tokens: how often, and the words that have or had them (possibly twice in the list).
+// Two adjacent tokens: how often, and the words that have or had them. A pair only gains words while the later of
+// its two tokens is being made, word after word, so that the list is in order and has no word twice.
 typedef struct {
     uint64_t key; // left << 32 | right
     uint64_t count;

@@ -167,10 +167,10 @@ static bool command_bpe(const StringList* operands, Error* err) {
     double trained = seconds_now();
     ok = ok && tokenizer_save_json(&tokenizer, given.out, err);
     if (ok)
-        printf(
-            "%s: %u tokens from %.1f MB in %llu documents, %u different words; %.2f s counting, %.2f s merging\n",
-            given.out, tokenizer.vocab_size, (double)pipeline.bytes * 1e-6,
-            (unsigned long long)pipeline.documents, pieces, counted - started, trained - counted);
+        printf("%s: %u tokens from %llu documents of %.1f MB, %u different words; counted in %.2f s, "
+               "merged in %.2f s\n",
+               given.out, tokenizer.vocab_size, (unsigned long long)pipeline.documents,
+               (double)pipeline.bytes * 1e-6, pieces, counted - started, trained - counted);
     tokenizer_free(&tokenizer);
     for (int i = 0; i < pipeline.threads; i++) {
         piece_counter_free(&threads[i].counter);

@@ -89,6 +89,7 @@ static inline bool shard_writer_open(ShardWriter* w, const char* path, int token
     if (write_all(w->fd, &w->header, sizeof w->header)) return true; // its place: finish knows what it says
     fail(err, EXIT_IO, "cannot write %s.tmp: %s", path, strerror(errno));
     shard_writer_free(w);
+    shard_discard(path);
     return false;
 }
 

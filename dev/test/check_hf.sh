@@ -7,7 +7,7 @@ trap 'rm -rf "$work"' EXIT
 
 # Any text will do: this project's own.
 ./corpus bpe --vocab-size 512 --special '<|endoftext|>' --out "$work/tokenizer.json" llmc/*.h >/dev/null
-./corpus encode --tokenizer "$work/tokenizer.json" --out-dir "$work/data" llmc/*.h >/dev/null
+./corpus encode --tokenizer "$work/tokenizer.json" --val-fraction 0 --out-dir "$work/data" llmc/*.h >/dev/null
 for config in configs/tiny_*.json; do
     run=$work/$(basename "$config" .json)
     ./train_gpt_cpu "$config" model.vocab_size=512 "data.train=$work/data/train_*.bin" data.validation= \

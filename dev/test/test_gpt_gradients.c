@@ -169,7 +169,8 @@ static void plan_is_exact(void** state) {
     ModelConfig c = tiny("llama");
     size_t bytes[NUM_MEMORY_CLASSES];
     gpt_plan(&c, B, T, MATMUL_FP32, true, bytes);
-    assert_int_equal(bytes[MEMORY_PARAMETERS], (parameter_layout(&c).num_parameters + 15) / 16 * 16 * sizeof(real));
+    assert_int_equal(bytes[MEMORY_PARAMETERS],
+                     (parameter_layout(&c).num_parameters + 15) / 16 * 16 * sizeof(real));
     assert_int_equal(bytes[MEMORY_MOMENTS], 2 * bytes[MEMORY_GRADIENTS]);
     GPT g;
     gpt_create(&g, &c, B, T, MATMUL_FP32, true);

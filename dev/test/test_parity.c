@@ -57,8 +57,8 @@ static double number(const Expected* e, const char* key) {
 }
 
 // max |ours - expected| / max |expected| over a tensor; ours is strided by HfTensor's view when h is given
-static void compare(const char* fixture, const char* name, const float* ours, const float* expected, size_t count,
-                    const HfTensor* h) {
+static void compare(const char* fixture, const char* name, const float* ours, const float* expected,
+                    size_t count, const HfTensor* h) {
     double worst = 0, largest = 1e-30;
     for (size_t i = 0; i < count; i++) {
         size_t at = i;
@@ -67,7 +67,8 @@ static void compare(const char* fixture, const char* name, const float* ours, co
         worst = isfinite(difference) ? fmax(worst, difference) : INFINITY;
         largest = fmax(largest, fabs((double)expected[i]));
     }
-    if (worst > LIMIT * largest) fail_msg("%s: %s is off by %.3g of its largest value", fixture, name, worst / largest);
+    if (worst > LIMIT * largest)
+        fail_msg("%s: %s is off by %.3g of its largest value", fixture, name, worst / largest);
 }
 
 // Compares a memory of the shape of the parameters with the tensors PREFIX.NAME. A tensor whose true value is
@@ -95,7 +96,8 @@ static void run_fixture(const char* fixture) {
     expected_open(&e, path);
     snprintf(path, sizeof path, "dev/test/fixtures/%s/config.json", fixture);
     if (!model_config_load(&c, path, &err)) fail_msg("%s", err.text);
-    int B = (int)find(&e, "tokens")->dims[0], T = (int)find(&e, "tokens")->dims[1], N = B * T, V = c.vocab_size;
+    int B = (int)find(&e, "tokens")->dims[0], T = (int)find(&e, "tokens")->dims[1], N = B * T,
+        V = c.vocab_size;
     const int *tokens = data_of(&e, "tokens", (size_t)N), *targets = data_of(&e, "targets", (size_t)N);
     int* doc_start = NULL;
     if (find(&e, "doc_start") != NULL) {
@@ -116,7 +118,8 @@ static void run_fixture(const char* fixture) {
     for (int n = 0; n < N; n++)
         memcpy(logits + (size_t)n * (size_t)V, g.logits + (size_t)n * (size_t)padded_vocab_size(V),
                (size_t)V * sizeof(float));
-    compare(fixture, "logits", logits, data_of(&e, "logits", (size_t)N * (size_t)V), (size_t)N * (size_t)V, NULL);
+    compare(fixture, "logits", logits, data_of(&e, "logits", (size_t)N * (size_t)V), (size_t)N * (size_t)V,
+            NULL);
     float loss_float = (float)loss;
     compare(fixture, "loss", &loss_float, data_of(&e, "loss", 1), 1, NULL);
 
@@ -146,10 +149,12 @@ static void run_fixture(const char* fixture) {
 static void parity(void** state) { run_fixture((const char*)*state); }
 
 int main(void) {
-    static char* const fixtures[] = {"gpt2",      "gpt2_untied", "gpt2_documents", "llama_mha", "llama_gqa",
-                                     "llama_bias", "llama_documents", "mistral",    "qwen2"};
+    static char* const fixtures[] = {"gpt2",      "gpt2_untied", "gpt2_documents",  "llama_mha",
+                                     "llama_gqa", "llama_bias",  "llama_documents", "mistral",
+                                     "qwen2"};
     enum { COUNT = sizeof fixtures / sizeof fixtures[0] };
     struct CMUnitTest tests[COUNT];
-    for (int i = 0; i < COUNT; i++) tests[i] = (struct CMUnitTest){fixtures[i], parity, NULL, NULL, fixtures[i]};
+    for (int i = 0; i < COUNT; i++)
+        tests[i] = (struct CMUnitTest){fixtures[i], parity, NULL, NULL, fixtures[i]};
     return cmocka_run_group_tests_name("parity", tests, NULL, NULL);
 }

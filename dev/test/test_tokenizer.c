@@ -584,6 +584,30 @@ static void test_ignore_merges(void** state) {
     tokenizer_free(&t[1]);
 }
 
+// In a rank file, too, a token that the merges never make is found as a whole piece.
+static void test_rank_file_ignores_merges(void** state) {
+    (void)state;
+    Error err = {0};
+    Tokenizer t, ranks;
+    parse(&t, plain);
+    assert_true(tokenizer_add(&t, 256, TOKEN_ORDINARY, "bc", 2, "test", &err));
+    assert_true(tokenizer_add(&t, 257, TOKEN_ORDINARY, "abcd", 4, "test", &err));
+    String file = rank_file(&t);
+    assert_true(tokenizer_parse_tiktoken(&ranks, file.data, file.size, "gpt2", "test", &err));
+    assert_int_equal(ranks.num_merges, 1);
+    Encoder e;
+    encoder_init(&e, &ranks);
+    Tokens ids = {0};
+    static const uint32_t expected[] = {257, ' ', 'a', 256, 'd'};
+    assert_int_equal(encode(&e, "abcd abcd", 9, &ids), 5);
+    assert_memory_equal(ids.data, expected, sizeof expected);
+    free(ids.data);
+    free(file.data);
+    encoder_free(&e);
+    tokenizer_free(&ranks);
+    tokenizer_free(&t);
+}
+
 #define GPT2_REGEX                                                                                           \
     "'s|'t|'re|'ve|'m|'ll|'d| ?\\\\p{L}+| ?\\\\p{N}+| ?[^\\\\s\\\\p{L}\\\\p{N}]+|\\\\s+(?!\\\\S)|\\\\s+"
 
@@ -885,6 +909,9 @@ static void test_known_rank_files(void** state) {
         assert_int_equal(t.eot_id, cases[i].eot);
         assert_int_equal(t.num_merges, cases[i].ranks - 256);
         assert_string_equal(t.pattern.regex, pattern_by_name(cases[i].pattern)->regex);
+        tokenizer_free(&t);
+        assert_true(tokenizer_parse_tiktoken(&t, file.data, file.size, "qwen2", "test", &err));
+        assert_int_equal(t.vocab_size, cases[i].ranks); // its pattern named, it has no specials
         free(file.data);
         tokenizer_free(&t);
         tokenizer_free(&source);
@@ -981,6 +1008,7 @@ int main(void) {
         cmocka_unit_test(test_round_trip_of_random_bytes),
         cmocka_unit_test(test_huge_runs),
         cmocka_unit_test(test_ignore_merges),
+        cmocka_unit_test(test_rank_file_ignores_merges),
         cmocka_unit_test(test_hash),
         cmocka_unit_test(test_specials_and_holes),
         cmocka_unit_test(test_save_and_load),
