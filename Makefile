@@ -14,9 +14,9 @@ JOBS  ?= $(shell nproc 2>/dev/null || echo 2)
 # -fopenmp               threads; the order of every reduction is ours, never the runtime's
 # -fno-math-errno        sqrtf and friends need not set errno, which nobody reads
 # -fno-trapping-math     no one looks at floating-point exception flags, so branches may become selects
-# -mprefer-vector-width  512 bits where the machine has them; compilers default to 256, at which everything but
-#                        matmul took 1.16 of the time (bench_layers, Zen 5, gcc 12.2, 2026-11-21)
-# Neither flag changes a result. No fast-math: sums keep the order in which they are written.
+# -mprefer-vector-width  512 bits where the machine has them; compilers default to 256, at which everything
+#                        but matmul took 1.16 of the time (bench_layers, Zen 5, gcc 12.2, 2026-11-21)
+# No fast-math: a sum keeps the order in which it is written.
 CFLAGS   := -std=gnu11 -O3 -march=native -fopenmp -fno-math-errno -fno-trapping-math -g
 WARNINGS := -Wall -Wextra -Werror
 CPPFLAGS := -I.
@@ -41,6 +41,8 @@ VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unkn
 
 PROGRAMS := $(BIN)/train_gpt_cpu $(BIN)/corpus
 UNIT     := $(patsubst dev/test/%.c,$(BUILD)/test/%,$(wildcard dev/test/test_*.c))
+# Programs that the end-to-end tests run.
+DRIVERS  := $(patsubst dev/test/%.c,$(BUILD)/test/%,$(filter-out dev/test/test_%,$(wildcard dev/test/*.c)))
 E2E      := $(wildcard dev/test/e2e_*.sh)
 BENCH    := $(patsubst dev/bench/%.c,$(BUILD)/bench/%,$(wildcard dev/bench/bench_*.c))
 FUZZ     := $(patsubst dev/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard dev/fuzz/fuzz_*.c))
@@ -68,7 +70,7 @@ $(BIN)/train_gpt_cpu: train_gpt.c $(BUILD)/flags $(BUILD)/version
 $(BIN)/corpus: dev/data/corpus.c $(BUILD)/flags $(BUILD)/version
 	$(COMPILE) -DVERSION='"$(VERSION)"' -o $@ $< $(LDFLAGS) $(LDLIBS)
 
-tests: $(UNIT) ## build the unit tests
+tests: $(UNIT) $(DRIVERS) ## build the unit tests
 $(BUILD)/test/%: dev/test/%.c $(BUILD)/flags | $(BUILD)/test
 	$(COMPILE) -o $@ $< $(LDFLAGS) -lcmocka $(LDLIBS)
 
@@ -102,7 +104,7 @@ test: ## install what tests need, build, run every test; the last line counts th
 	@scripts/setup.sh test
 	@$(SUBMAKE) run-tests
 
-run-tests: $(PROGRAMS) $(UNIT) ## the same without looking at what is installed (TESTS="..." for a few)
+run-tests: $(PROGRAMS) tests ## the same without looking at what is installed (TESTS="..." for a few)
 	@dev/test/run.sh $(or $(TESTS),$(UNIT) $(E2E))
 
 quickstart: ## text to trained model in a few minutes (TEXT=/your/file/or/folder, QUICK=1 for a short form)

@@ -1,12 +1,12 @@
 // The run config: one JSON file, one struct, one table of knobs.
 //
 // A knob's JSON key is its struct field is its printed label. The table drives defaults, types, ranges,
-// messages, the resolved config that is stored beside a run, and the reference in the README. An unknown key, a
-// wrong type, a value out of range or a combination that cannot run is an error that names file, line, key,
-// value and rule: a run is never changed silently. Paths are relative to the working directory.
+// messages, the resolved config that is stored beside a run, and the reference in the README. An unknown key,
+// a wrong type, a value out of range or a combination that cannot run is an error that names file, line, key,
+// value and rule: a run is never changed silently. Paths are relative to the working directory, everywhere.
 #pragma once
-#include "llmc/json.h"         // defines: json_parse_object, JsonSource, json_where, edit_distance
-#include "llmc/model_config.h" // defines: model_config_from_json, model_config_load, model_config_write_json
+#include "llmc/json.h"         // defines: json_parse_object, JsonSource, JsonValue, fail_at, fail_value
+#include "llmc/model_config.h" // defines: model_config_from_json, model_key_alias
 
 enum { CONFIG_TEXT = 1024, MAX_DATA_SOURCES = 32 };
 enum ScheduleType { SCHEDULE_COSINE, SCHEDULE_LINEAR, SCHEDULE_WSD, SCHEDULE_CONSTANT };
@@ -71,7 +71,16 @@ typedef struct {
 // ----------------------------------------------------------------------------
 // the knobs
 
-enum KnobType { KNOB_INT, KNOB_U64, KNOB_NUMBER, KNOB_BOOL, KNOB_TEXT, KNOB_CHOICE };
+enum KnobType {
+    KNOB_INT,
+    KNOB_U64,
+    KNOB_NUMBER,
+    KNOB_BOOL,
+    KNOB_TEXT,
+    KNOB_CHOICE,
+    KNOB_SOURCES,
+    KNOB_MODEL
+};
 
 typedef struct {
     const char *section, *key; // section "": the top level
@@ -83,46 +92,90 @@ typedef struct {
     const char* meaning;
 } Knob;
 
+#define STEPS_MAX 2000000000
+#define SEED_MAX 9007199254740991.0 // JSON's numbers are doubles: whole to 2^53 - 1
+
 // clang-format off
 #define AT(field) offsetof(RunConfig, field)
 static const Knob knobs[] = {
-    {"", "seed", KNOB_U64, AT(seed), "1", 0, 9007199254740992.0, NULL, "initial weights and data order"},
-    {"data", "validation", KNOB_TEXT, AT(data.validation), "\"\"", 0, 0, NULL, "glob of the validation shards; empty: no evaluation"},
-    {"data", "tokenizer", KNOB_TEXT, AT(data.tokenizer), "\"\"", 0, 0, NULL, "tokenizer.json, a .tiktoken file, or a directory with either or with GPT-2's two files; needed for samples and bits per byte"},
-    {"data", "document_mask", KNOB_BOOL, AT(data.document_mask), "false", 0, 0, NULL, "attention stays inside a document"},
-    {"batch", "micro_batch_size", KNOB_INT, AT(batch.micro_batch_size), NULL, 1, 65536, NULL, "sequences in one forward and backward pass"},
-    {"batch", "sequence_length", KNOB_INT, AT(batch.sequence_length), NULL, 1, 16777216, NULL, "tokens in a sequence (T)"},
-    {"batch", "global_batch_size", KNOB_INT, AT(batch.global_batch_size), "0", 0, 16777216, NULL, "sequences in an optimizer step, a multiple of micro_batch_size; 0: the same"},
-    {"optimizer", "learning_rate", KNOB_NUMBER, AT(optimizer.learning_rate), NULL, 0, 100, NULL, "peak of the schedule"},
-    {"optimizer", "beta1", KNOB_NUMBER, AT(optimizer.beta1), "0.9", 0, 0.999999, NULL, "AdamW's decay of the first moment"},
-    {"optimizer", "beta2", KNOB_NUMBER, AT(optimizer.beta2), "0.95", 0, 0.999999, NULL, "AdamW's decay of the second moment"},
-    {"optimizer", "eps", KNOB_NUMBER, AT(optimizer.eps), "1e-8", 1e-30, 1, NULL, "AdamW's guard against division by zero"},
-    {"optimizer", "weight_decay", KNOB_NUMBER, AT(optimizer.weight_decay), "0.1", 0, 100, NULL, "decoupled; on matrices, not on biases and norms"},
-    {"optimizer", "grad_clip", KNOB_NUMBER, AT(optimizer.grad_clip), "1.0", 0, 1e9, NULL, "largest global gradient norm; 0: no clipping"},
-    {"schedule", "type", KNOB_CHOICE, AT(schedule.type), "\"cosine\"", 0, 0, "cosine|linear|wsd|constant", "shape behind the warm-up"},
-    {"schedule", "max_steps", KNOB_INT, AT(schedule.max_steps), NULL, 1, 2000000000, NULL, "optimizer steps of the whole run"},
-    {"schedule", "warmup_steps", KNOB_INT, AT(schedule.warmup_steps), "0", 0, 2000000000, NULL, "steps of linear warm-up"},
-    {"schedule", "decay_fraction", KNOB_NUMBER, AT(schedule.decay_fraction), "0.2", 0, 1, NULL, "wsd: share of max_steps at the end that decays"},
-    {"schedule", "final_lr_fraction", KNOB_NUMBER, AT(schedule.final_lr_fraction), "0.1", 0, 1, NULL, "learning rate of the last step, as a share of the peak"},
-    {"parallel", "threads", KNOB_INT, AT(parallel.threads), "0", 0, 1024, NULL, "CPU threads; 0: one for each core"},
-    {"precision", "compute", KNOB_CHOICE, AT(precision.compute), "\"fp32\"", 0, 0, "fp32|bf16", "what matmul inputs are rounded to; sums are fp32"},
-    {"checkpoint", "every", KNOB_INT, AT(checkpoint.every), "0", 0, 2000000000, NULL, "steps between checkpoints; 0: only at the end"},
-    {"checkpoint", "keep_last", KNOB_INT, AT(checkpoint.keep_last), "2", 1, 1000000, NULL, "newest checkpoints that are kept"},
-    {"checkpoint", "permanent_every", KNOB_INT, AT(checkpoint.permanent_every), "0", 0, 2000000000, NULL, "checkpoints whose step is a multiple stay for good; 0: none"},
-    {"checkpoint", "load_from", KNOB_TEXT, AT(checkpoint.load_from), "\"\"", 0, 0, NULL, "a checkpoint or Hugging Face model directory whose weights to start from, evaluate, sample or export"},
-    {"guard", "max_skipped_steps", KNOB_INT, AT(guard.max_skipped_steps), "10", 1, 1000000, NULL, "steps in a row with a loss or gradient that is not finite, before the run gives up"},
-    {"log", "run_dir", KNOB_TEXT, AT(log.run_dir), NULL, 0, 0, NULL, "directory of the run: log.jsonl, run_config.json, checkpoints/"},
-    {"log", "every", KNOB_INT, AT(log.every), "1", 1, 2000000000, NULL, "steps between lines of the log"},
-    {"eval", "every", KNOB_INT, AT(eval.every), "0", 0, 2000000000, NULL, "steps between evaluations; 0: only at the end"},
-    {"eval", "batches", KNOB_INT, AT(eval.batches), "0", 0, 2000000000, NULL, "micro-batches of an evaluation; 0: the whole validation set"},
-    {"sample", "every", KNOB_INT, AT(sample.every), "0", 0, 2000000000, NULL, "steps between samples; 0: none during training"},
-    {"sample", "prompt", KNOB_TEXT, AT(sample.prompt), "\"\"", 0, 0, NULL, "text to continue"},
-    {"sample", "max_new_tokens", KNOB_INT, AT(sample.max_new_tokens), "128", 1, 16777216, NULL, "a sample ends there, at the end of text, or at max_position_embeddings"},
-    {"sample", "temperature", KNOB_NUMBER, AT(sample.temperature), "1.0", 0, 100, NULL, "0: always the most probable token"},
-    {"sample", "top_k", KNOB_INT, AT(sample.top_k), "0", 0, 16777216, NULL, "only the k most probable tokens; 0: all"},
-    {"sample", "top_p", KNOB_NUMBER, AT(sample.top_p), "1.0", 0, 1, NULL, "only the most probable tokens that together hold this share; 1: all"},
-    {"sample", "seed", KNOB_U64, AT(sample.seed), "1", 0, 9007199254740992.0, NULL, "the same seed, the same text"},
-    {"sample", "num_samples", KNOB_INT, AT(sample.num_samples), "1", 1, 10000, NULL, "texts to generate"},
+    {"", "seed", KNOB_U64, AT(seed), "1", 0, SEED_MAX, NULL,
+        "initial weights and order of the data"},
+    {"", "model", KNOB_MODEL, AT(model), NULL, 0, 0, NULL,
+        "the keys of a Hugging Face `config.json`, or the path of one, which `model.key=value` then changes"},
+    {"data", "train", KNOB_SOURCES, AT(data.sources), NULL, 0, 0, NULL,
+        "token shards to train on; several sources are mixed by weight"},
+    {"data", "validation", KNOB_TEXT, AT(data.validation), "\"\"", 0, 0, NULL,
+        "glob of the validation shards; empty: no evaluation"},
+    {"data", "tokenizer", KNOB_TEXT, AT(data.tokenizer), "\"\"", 0, 0, NULL,
+        "`tokenizer.json`, a `.tiktoken` file, or a directory with either or GPT-2's two files; for samples"},
+    {"data", "document_mask", KNOB_BOOL, AT(data.document_mask), "false", 0, 0, NULL,
+        "attention stays inside a document"},
+    {"batch", "micro_batch_size", KNOB_INT, AT(batch.micro_batch_size), NULL, 1, 65536, NULL,
+        "sequences in one forward and backward pass (B)"},
+    {"batch", "sequence_length", KNOB_INT, AT(batch.sequence_length), NULL, 1, 1 << 24, NULL,
+        "tokens in a sequence (T); at most `model.max_position_embeddings`"},
+    {"batch", "global_batch_size", KNOB_INT, AT(batch.global_batch_size), "0", 0, 1 << 24, NULL,
+        "sequences in an optimizer step, a multiple of `micro_batch_size`; 0: the same"},
+    {"optimizer", "learning_rate", KNOB_NUMBER, AT(optimizer.learning_rate), NULL, 0, 100, NULL,
+        "AdamW's, at the peak of the schedule"},
+    {"optimizer", "beta1", KNOB_NUMBER, AT(optimizer.beta1), "0.9", 0, 0.999999, NULL,
+        "decay of the first moment"},
+    {"optimizer", "beta2", KNOB_NUMBER, AT(optimizer.beta2), "0.95", 0, 0.999999, NULL,
+        "decay of the second moment"},
+    {"optimizer", "eps", KNOB_NUMBER, AT(optimizer.eps), "1e-8", 1e-30, 1, NULL,
+        "keeps the division by the second moment's root finite"},
+    {"optimizer", "weight_decay", KNOB_NUMBER, AT(optimizer.weight_decay), "0.1", 0, 100, NULL,
+        "decoupled; on matrices, not on biases and norms"},
+    {"optimizer", "grad_clip", KNOB_NUMBER, AT(optimizer.grad_clip), "1.0", 0, 1e9, NULL,
+        "largest global gradient norm; 0: no clipping"},
+    {"schedule", "type", KNOB_CHOICE, AT(schedule.type), "\"cosine\"", 0, 0, "cosine|linear|wsd|constant",
+        "shape of the learning rate behind the warm-up"},
+    {"schedule", "max_steps", KNOB_INT, AT(schedule.max_steps), NULL, 1, STEPS_MAX, NULL,
+        "optimizer steps of the whole run"},
+    {"schedule", "warmup_steps", KNOB_INT, AT(schedule.warmup_steps), "0", 0, STEPS_MAX, NULL,
+        "steps of linear warm-up; at most `max_steps`"},
+    {"schedule", "decay_fraction", KNOB_NUMBER, AT(schedule.decay_fraction), "0.2", 0, 1, NULL,
+        "wsd: share of `max_steps`, at the end, that decays"},
+    {"schedule", "final_lr_fraction", KNOB_NUMBER, AT(schedule.final_lr_fraction), "0.1", 0, 1, NULL,
+        "learning rate of the last step, as a share of the peak; not for constant"},
+    {"parallel", "threads", KNOB_INT, AT(parallel.threads), "0", 0, 1024, NULL,
+        "CPU threads; 0: one for each core"},
+    {"precision", "compute", KNOB_CHOICE, AT(precision.compute), "\"fp32\"", 0, 0, "fp32|bf16",
+        "what the inputs of matmuls are rounded to; sums are fp32"},
+    {"checkpoint", "every", KNOB_INT, AT(checkpoint.every), "0", 0, STEPS_MAX, NULL,
+        "steps between checkpoints; 0: only at the end"},
+    {"checkpoint", "keep_last", KNOB_INT, AT(checkpoint.keep_last), "2", 1, 1000000, NULL,
+        "newest checkpoints that are kept"},
+    {"checkpoint", "permanent_every", KNOB_INT, AT(checkpoint.permanent_every), "0", 0, STEPS_MAX, NULL,
+        "checkpoints of every so many steps stay for good, a multiple of `every`; 0: none does"},
+    {"checkpoint", "load_from", KNOB_TEXT, AT(checkpoint.load_from), "\"\"", 0, 0, NULL,
+        "a checkpoint or Hugging Face model directory with weights to start from, evaluate or export"},
+    {"guard", "max_skipped_steps", KNOB_INT, AT(guard.max_skipped_steps), "10", 1, 1000000, NULL,
+        "steps in a row whose loss or gradient is not finite before the run gives up"},
+    {"log", "run_dir", KNOB_TEXT, AT(log.run_dir), NULL, 0, 0, NULL,
+        "directory of the run: `log.jsonl`, `run_config.json`, `checkpoints/`"},
+    {"log", "every", KNOB_INT, AT(log.every), "1", 1, STEPS_MAX, NULL,
+        "steps between lines of the log"},
+    {"eval", "every", KNOB_INT, AT(eval.every), "0", 0, STEPS_MAX, NULL,
+        "steps between evaluations on `data.validation`; 0: only at the end"},
+    {"eval", "batches", KNOB_INT, AT(eval.batches), "0", 0, STEPS_MAX, NULL,
+        "micro-batches of an evaluation; 0: the whole validation set"},
+    {"sample", "every", KNOB_INT, AT(sample.every), "0", 0, STEPS_MAX, NULL,
+        "steps between samples; 0: none during training"},
+    {"sample", "prompt", KNOB_TEXT, AT(sample.prompt), "\"\"", 0, 0, NULL,
+        "text to continue"},
+    {"sample", "max_new_tokens", KNOB_INT, AT(sample.max_new_tokens), "128", 1, 1 << 24, NULL,
+        "a sample ends there, at the end of text, or at `model.max_position_embeddings`"},
+    {"sample", "temperature", KNOB_NUMBER, AT(sample.temperature), "1.0", 0, 100, NULL,
+        "divides the logits; 0: always the most probable token"},
+    {"sample", "top_k", KNOB_INT, AT(sample.top_k), "0", 0, 1 << 24, NULL,
+        "only the k most probable tokens; 0: all"},
+    {"sample", "top_p", KNOB_NUMBER, AT(sample.top_p), "1.0", 0, 1, NULL,
+        "only the most probable tokens that together hold this share; 1: all"},
+    {"sample", "seed", KNOB_U64, AT(sample.seed), "1", 0, SEED_MAX, NULL,
+        "the same seed, the same text"},
+    {"sample", "num_samples", KNOB_INT, AT(sample.num_samples), "1", 1, 10000, NULL,
+        "texts to generate"},
 };
 #undef AT
 // clang-format on
@@ -134,249 +187,319 @@ static inline const Knob* find_knob(const char* section, const char* key) {
     return NULL;
 }
 
-// The index of text among "a|b|c", or -1.
-static inline int find_choice(const char* choices, const char* text) {
-    size_t n = strlen(text);
-    for (int index = 0;; index++) {
-        const char* end = strchrnul(choices, '|');
-        if ((size_t)(end - choices) == n && memcmp(choices, text, n) == 0) return index;
-        if (*end == '\0') return -1;
-        choices = end + 1;
-    }
-}
-
-static inline bool text_fits(const cJSON* item, const char* where, Error* err) {
-    const char* text = cJSON_GetStringValue(item);
-    if (text == NULL) return fail(err, EXIT_CONFIG, "%s is %s; a text in quotes is wanted", where, json_show(item));
-    if (strlen(text) >= CONFIG_TEXT)
-        return fail(err, EXIT_CONFIG, "%s is %zu bytes long; at most %d are possible", where, strlen(text), CONFIG_TEXT - 1);
-    return true;
-}
-
-static inline bool knob_set(RunConfig* run, const Knob* k, const cJSON* item, const char* where, Error* err) {
-    char* field = (char*)run + k->offset;
-    double value = cJSON_IsNumber(item) ? item->valuedouble : NAN;
-    const char* text = cJSON_GetStringValue(item);
-    switch (k->type) {
-    case KNOB_BOOL:
-        if (!cJSON_IsBool(item)) return fail(err, EXIT_CONFIG, "%s is %s; true or false is wanted", where, json_show(item));
-        *(bool*)field = cJSON_IsTrue(item) != 0;
-        return true;
-    case KNOB_TEXT:
-        if (!text_fits(item, where, err)) return false;
-        memcpy(field, text, strlen(text) + 1);
-        return true;
-    case KNOB_CHOICE:
-        if (text == NULL || find_choice(k->choices, text) < 0)
-            return fail(err, EXIT_CONFIG, "%s is %s; one of %s is wanted", where, json_show(item), k->choices);
-        *(int*)field = find_choice(k->choices, text);
-        return true;
-    case KNOB_INT:
-    case KNOB_U64:
-    case KNOB_NUMBER:
-        if (!(value >= k->min && value <= k->max) || (k->type != KNOB_NUMBER && value != floor(value)))
-            return fail(err, EXIT_CONFIG, "%s is %s; %s from %.16g to %.16g is wanted", where, json_show(item),
-                        k->type == KNOB_NUMBER ? "a number" : "a whole number", k->min, k->max);
-        if (k->type == KNOB_INT) *(int*)field = (int)value;
-        else if (k->type == KNOB_U64) *(uint64_t*)field = (uint64_t)value;
-        else *(double*)field = value;
-        return true;
-    }
-    return false;
-}
-
-// ----------------------------------------------------------------------------
-// reading
-
-// data.train: a glob, or an array of {"name", "path", "weight"}
-static inline bool config_sources(RunConfig* run, const cJSON* train, const char* where, Error* err) {
-    int n = 0;
-    if (cJSON_IsString(train)) {
-        if (!text_fits(train, where, err)) return false;
-        DataSourceConfig* s = &run->data.sources[n++];
-        snprintf(s->name, sizeof s->name, "train");
-        snprintf(s->path, sizeof s->path, "%s", train->valuestring);
-        s->weight = 1.0;
-    } else if (cJSON_IsArray(train)) {
-        for (const cJSON* item = train->child; item != NULL; item = item->next, n++) {
-            const char* name = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(item, "name"));
-            const char* path = cJSON_GetStringValue(cJSON_GetObjectItemCaseSensitive(item, "path"));
-            const cJSON* weight = cJSON_GetObjectItemCaseSensitive(item, "weight");
-            bool shaped = name != NULL && path != NULL && cJSON_IsNumber(weight) && cJSON_GetArraySize(item) == 3;
-            if (n == MAX_DATA_SOURCES) return fail(err, EXIT_CONFIG, "%s has more than %d sources", where, MAX_DATA_SOURCES);
-            DataSourceConfig* s = &run->data.sources[n];
-            if (!shaped || strlen(name) >= sizeof s->name || strlen(path) >= sizeof s->path || name[0] == '\0')
-                return fail(err, EXIT_CONFIG, "%s: entry %d is %s; {\"name\": TEXT, \"path\": GLOB, \"weight\": NUMBER} is "
-                            "wanted", where, n + 1, json_show(item));
-            if (!(weight->valuedouble > 0 && weight->valuedouble <= 1e12))
-                return fail(err, EXIT_CONFIG, "%s: the weight of \"%s\" is %s; a number above 0 is wanted", where, name,
-                            json_show(weight));
-            memcpy(s->name, name, strlen(name) + 1);
-            memcpy(s->path, path, strlen(path) + 1);
-            s->weight = weight->valuedouble;
-        }
-    }
-    run->data.num_sources = n;
-    if (n > 0) return true;
-    return fail(err, EXIT_CONFIG, "%s is %s; a glob or an array of {\"name\", \"path\", \"weight\"} is wanted", where,
-                json_show(train));
-}
-
-// "section.key=value" into the tree: value as JSON if it is JSON, else as text.
-static inline bool config_override(cJSON* root, const char* override, Error* err) {
-    const char* equals = strchr(override, '=');
-    char section[64] = "", key[64] = "";
-    const char* dot = equals != NULL ? (const char*)memchr(override, '.', (size_t)(equals - override)) : NULL;
-    const char* key_begin = dot != NULL ? dot + 1 : override;
-    if (equals == NULL || equals == key_begin || (dot != NULL && dot - override >= 64) || equals - key_begin >= 64)
-        return fail(err, EXIT_USAGE, "command line: %s: section.key=value is wanted", override);
-    if (dot != NULL) memcpy(section, override, (size_t)(dot - override));
-    memcpy(key, key_begin, (size_t)(equals - key_begin));
-    cJSON* object = section[0] == '\0' ? root : cJSON_GetObjectItemCaseSensitive(root, section);
-    if (object == NULL) {
-        object = cJSON_CreateObject();
-        cJSON_AddItemToObject(root, section, object);
-    }
-    if (!cJSON_IsObject(object))
-        return fail(err, EXIT_CONFIG, "command line: %s: %s is not an object in the run config", override, section);
-    cJSON* value = json_depth(equals + 1, strlen(equals + 1)) <= JSON_MAX_DEPTH
-                       ? cJSON_ParseWithOpts(equals + 1, NULL, 1) : NULL;
-    if (value == NULL) value = cJSON_CreateString(equals + 1);
-    if (cJSON_GetObjectItemCaseSensitive(object, key) != NULL) cJSON_ReplaceItemInObjectCaseSensitive(object, key, value);
-    else cJSON_AddItemToObject(object, key, value);
-    return true;
-}
-
-// A model section that is a path is replaced by the object in that file before the overrides are applied, so
-// that they apply on top.
-static inline bool config_model_file(cJSON* root, char path[CONFIG_TEXT], Error* err) {
-    const cJSON* model = cJSON_GetObjectItemCaseSensitive(root, "model");
-    if (!cJSON_IsString(model)) return true;
-    size_t size;
-    if (!text_fits(model, "model", err)) return false;
-    snprintf(path, CONFIG_TEXT, "%s", model->valuestring);
-    char* text = read_file(path, JSON_MAX_BYTES, &size, err);
-    cJSON* json = text != NULL ? json_parse_object(text, size, path, err) : NULL;
-    free(text);
-    return json != NULL && cJSON_ReplaceItemInObjectCaseSensitive(root, "model", json);
-}
-
-static inline bool config_unknown(const char* section, const char* key, const JsonSource* source, Error* err) {
-    const char* best = section[0] == '\0' ? "data" : "train";
-    const char* sections[] = {"model", "batch", "optimizer", "schedule", "parallel", "precision", "checkpoint", "guard",
-                              "log", "eval", "sample", "seed"};
-    for (size_t i = 0; section[0] == '\0' && i < sizeof sections / sizeof sections[0]; i++)
-        if (edit_distance(key, sections[i]) < edit_distance(key, best)) best = sections[i];
-    bool first = strcmp(section, "data") != 0;
-    for (int i = 0; section[0] != '\0' && i < NUM_KNOBS; i++) {
-        if (strcmp(knobs[i].section, section) != 0) continue;
-        if (first || edit_distance(key, knobs[i].key) < edit_distance(key, best)) best = knobs[i].key;
-        first = false;
-    }
-    return fail(err, EXIT_CONFIG, "%s: unknown key; did you mean %s%s%s?", json_where(source, section, key), section,
-                section[0] != '\0' ? "." : "", best);
-}
-
 static inline bool is_section(const char* name) {
     for (int i = 0; i < NUM_KNOBS; i++)
         if (name[0] != '\0' && strcmp(knobs[i].section, name) == 0) return true;
     return false;
 }
 
-// Every key of the file sets something, once.
-static inline bool config_keys(RunConfig* run, const cJSON* object, const char* section, const JsonSource* source,
-                               Error* err) {
-    const char* twice = json_duplicate(object);
-    if (twice != NULL) return fail(err, EXIT_CONFIG, "%s stands twice", json_where_nth(source, section, twice, 2));
-    for (const cJSON* item = object->child; item != NULL; item = item->next) {
-        const char* where = json_where(source, section, item->string);
-        const Knob* knob = find_knob(section, item->string);
-        bool top = section[0] == '\0', ok;
-        if (knob != NULL) ok = knob_set(run, knob, item, where, err);
-        else if (top && strcmp(item->string, "model") == 0) ok = true; // read on its own
-        else if (!top && strcmp(section, "data") == 0 && strcmp(item->string, "train") == 0)
-            ok = config_sources(run, item, where, err);
-        else if (!top || !is_section(item->string)) ok = config_unknown(section, item->string, source, err);
-        else if (!cJSON_IsObject(item)) ok = fail(err, EXIT_CONFIG, "%s is %s; an object is wanted", where, json_show(item));
-        else ok = config_keys(run, item, item->string, source, err);
-        if (!ok) return false;
+// ----------------------------------------------------------------------------
+// one knob
+
+// The index of text among "a|b|c", or -1.
+static inline int find_choice(const char* choices, const char* text) {
+    size_t n = strlen(text);
+    for (int index = 0;; index++) {
+        const char* end = choices + strcspn(choices, "|");
+        if ((size_t)(end - choices) == n && memcmp(choices, text, n) == 0) return index;
+        if (*end == '\0') return -1;
+        choices = end + 1;
     }
+}
+
+static inline bool read_choice(int* out, const char* choices, const JsonValue* v, Error* err) {
+    const char* text = cJSON_GetStringValue(v->item);
+    int choice = text != NULL ? find_choice(choices, text) : -1;
+    if (choice < 0) return fail_value(err, v, "one of %s is wanted", choices);
+    *out = choice;
     return true;
 }
 
-static inline bool config_defaults(RunConfig* run, const cJSON* root, const JsonSource* source, Error* err) {
+// One entry of data.train: {"name": TEXT, "path": GLOB, "weight": NUMBER}
+static inline bool read_source(DataSourceConfig* s, const cJSON* entry, const JsonValue* train, Error* err) {
+    JsonValue v = *train;
+    v.item = entry;
+    if (!cJSON_IsObject(entry) || cJSON_GetArraySize(entry) != 3)
+        return fail_value(err, &v, "a source is {\"name\": TEXT, \"path\": GLOB, \"weight\": NUMBER}");
+    JsonValue name = json_member(v.source, v.path, entry, "name"),
+              path = json_member(v.source, v.path, entry, "path");
+    JsonValue weight = json_member(v.source, v.path, entry, "weight");
+    return json_read_text(s->name, sizeof s->name, &name, err) &&
+           json_read_text(s->path, sizeof s->path, &path, err) &&
+           json_read_number(&s->weight, &weight, false, 1e-9, 1e9, err);
+}
+
+static inline bool read_sources(RunConfig* run, const JsonValue* v, Error* err) {
+    DataSourceConfig* sources = run->data.sources;
+    int count = cJSON_GetArraySize(v->item);
+    run->data.num_sources = 1;
+    if (cJSON_IsString(v->item)) {
+        snprintf(sources[0].name, sizeof sources[0].name, "train");
+        sources[0].weight = 1.0;
+        return json_read_text(sources[0].path, sizeof sources[0].path, v, err);
+    }
+    if (!cJSON_IsArray(v->item) || count < 1 || count > MAX_DATA_SOURCES)
+        return fail_value(err, v, "a glob or an array of 1 to %d sources is wanted", MAX_DATA_SOURCES);
+    run->data.num_sources = 0;
+    for (const cJSON* entry = v->item->child; entry != NULL; entry = entry->next)
+        if (!read_source(&sources[run->data.num_sources++], entry, v, err)) return false;
+    return true;
+}
+
+// The model is read on its own, because it may stand in another file.
+static inline bool read_knob(RunConfig* run, const Knob* k, const JsonValue* v, Error* err) {
+    char* field = (char*)run + k->offset;
+    double value = 0;
+    switch (k->type) {
+    case KNOB_BOOL:
+        return json_read_bool((bool*)field, v, err);
+    case KNOB_TEXT:
+        return json_read_text(field, CONFIG_TEXT, v, err);
+    case KNOB_CHOICE:
+        return read_choice((int*)field, k->choices, v, err);
+    case KNOB_SOURCES:
+        return read_sources(run, v, err);
+    case KNOB_MODEL:
+        return true;
+    case KNOB_INT:
+    case KNOB_U64:
+    case KNOB_NUMBER:
+        break;
+    }
+    if (!json_read_number(&value, v, k->type != KNOB_NUMBER, k->min, k->max, err)) return false;
+    if (k->type == KNOB_INT)
+        *(int*)field = (int)value;
+    else if (k->type == KNOB_U64)
+        *(uint64_t*)field = (uint64_t)value;
+    else
+        *(double*)field = value;
+    return true;
+}
+
+// ----------------------------------------------------------------------------
+// the file, the file of the model, and the overrides become one tree
+
+typedef struct {
+    cJSON* root;
+    JsonSource source;       // the run config
+    JsonSource model_source; // what the model section stands in: the same, or a config.json
+    char model_path[CONFIG_TEXT], *model_text;
+    Error* err;
+} ConfigReader;
+
+// A model section that is a path becomes the object in that file.
+static inline bool load_model_section(ConfigReader* r) {
+    JsonValue v = json_member(&r->source, "", r->root, "model");
+    if (!cJSON_IsString(v.item)) return true;
+    if (!json_read_text(r->model_path, sizeof r->model_path, &v, r->err)) return false;
+    Error unreadable = {0, {0}};
+    free(r->model_text);
+    JsonSource* s = &r->model_source;
+    *s = r->source;
+    s->name = r->model_path, s->section = "model", s->size = 0;
+    s->text = r->model_text = read_file(r->model_path, JSON_MAX_BYTES, &s->size, &unreadable);
+    if (r->model_text == NULL) return fail_value(r->err, &v, "%s", unreadable.text);
+    cJSON* model = json_parse_object(r->model_text, s, r->err);
+    return model != NULL && cJSON_ReplaceItemInObjectCaseSensitive(r->root, "model", model);
+}
+
+static inline cJSON* override_value(const char* text, const Knob* knob) {
+    size_t size = strlen(text);
+    bool safe = json_find_nul(text, size) == size && json_depth(text, size) <= JSON_MAX_DEPTH;
+    cJSON* value = safe ? cJSON_ParseWithOpts(text, NULL, 1) : NULL;
+    if (value != NULL && (knob == NULL || knob->type != KNOB_TEXT || cJSON_IsString(value))) return value;
+    cJSON_Delete(value);
+    return cJSON_CreateString(text);
+}
+
+// "section.key=value": the value is JSON if it can be, else text; a knob that is text needs no quotes.
+static inline bool apply_override(ConfigReader* r, const char* override) {
+    char section[64] = "", key[64] = "";
+    const char* equals = override + strcspn(override, "=");
+    const char* dot = (const char*)memchr(override, '.', (size_t)(equals - override));
+    const char* begin = dot != NULL ? dot + 1 : override;
+    if (*equals == '\0' || dot == override || begin == equals || equals - override >= (ptrdiff_t)sizeof key ||
+        memchr(begin, '.', (size_t)(equals - begin)) != NULL)
+        return fail(r->err, EXIT_USAGE, "command line: %.200s: section.key=value is wanted", override);
+    if (dot != NULL) memcpy(section, override, (size_t)(dot - override));
+    memcpy(key, begin, (size_t)(equals - begin));
+    bool model = strcmp(section, "model") == 0;
+    if (model && !load_model_section(r)) return false;
+    cJSON* object = dot == NULL ? r->root : cJSON_GetObjectItemCaseSensitive(r->root, section);
+    if (object == NULL) object = cJSON_AddObjectToObject(r->root, section);
+    if (!cJSON_IsObject(object))
+        return fail(r->err, EXIT_CONFIG, "command line: %.200s: %s is not an object in %s", override, section,
+                    r->source.name);
+    if (dot == NULL && strcmp(key, "model") == 0) free(r->model_text), r->model_text = NULL;
+    cJSON* value = override_value(equals + 1, find_knob(section, key));
+    if (model && model_key_alias(key) != NULL)
+        cJSON_DeleteItemFromObjectCaseSensitive(object, model_key_alias(key));
+    cJSON_DeleteItemFromObjectCaseSensitive(object, key);
+    cJSON_AddItemToObject(object, key, value);
+    JsonValue v = json_member(&r->source, section, object, key);
+    return json_check_keys(value, v.path, &r->source, r->err);
+}
+
+// ----------------------------------------------------------------------------
+// the tree becomes the struct
+
+// The key that was meant, "section.key" or the name of a section: similar, and rather in the same section.
+static inline void nearest_knob(char out[128], const char* section, const char* key) {
+    int best = INT_MAX;
     for (int i = 0; i < NUM_KNOBS; i++) {
         const Knob* k = &knobs[i];
-        const cJSON* section = k->section[0] == '\0' ? root : cJSON_GetObjectItemCaseSensitive(root, k->section);
-        bool given = cJSON_GetObjectItemCaseSensitive(section, k->key) != NULL;
-        if (k->standard == NULL && !given)
-            return fail(err, EXIT_CONFIG, "%s is missing; it has no default: %s", json_where(source, k->section, k->key),
-                        k->meaning);
-        if (k->standard == NULL) continue;
-        cJSON* value = cJSON_Parse(k->standard);
-        bool ok = knob_set(run, k, value, k->key, err);
-        cJSON_Delete(value);
+        int distance = name_distance(key, k->key) + (strcmp(section, k->section) != 0);
+        if (distance < best) {
+            best = distance;
+            snprintf(out, 128, "%s%s%s", k->section, k->section[0] != '\0' ? "." : "", k->key);
+        }
+        if (section[0] == '\0' && k->section[0] != '\0' && name_distance(key, k->section) < best) {
+            best = name_distance(key, k->section);
+            snprintf(out, 128, "%s", k->section);
+        }
+    }
+}
+
+// Every key of an object sets a knob or is a section.
+static inline bool read_keys(ConfigReader* r, RunConfig* run, const cJSON* object, const char* section) {
+    for (const cJSON* item = object->child; item != NULL; item = item->next) {
+        JsonValue v = json_member(&r->source, section, object, item->string);
+        const Knob* knob = find_knob(section, item->string);
+        char meant[128];
+        if (knob != NULL) {
+            if (!read_knob(run, knob, &v, r->err)) return false;
+        } else if (section[0] == '\0' && is_section(item->string)) {
+            if (!cJSON_IsObject(item)) return fail_value(r->err, &v, "an object, { ... }, is wanted");
+            if (!read_keys(r, run, item, item->string)) return false;
+        } else {
+            nearest_knob(meant, section, item->string);
+            return fail_at(r->err, &v, ": unknown key; did you mean %s?", meant);
+        }
+    }
+    return true;
+}
+
+static inline bool set_defaults(RunConfig* run, Error* err) {
+    const JsonSource source = {"the table of knobs", "", 0, "", 0, NULL};
+    for (int i = 0; i < NUM_KNOBS; i++) {
+        if (knobs[i].standard == NULL) continue;
+        cJSON* object = cJSON_CreateObject();
+        cJSON_AddItemToObject(object, knobs[i].key, cJSON_Parse(knobs[i].standard));
+        JsonValue v = json_member(&source, "", object, knobs[i].key);
+        bool ok = read_knob(run, &knobs[i], &v, err);
+        cJSON_Delete(object);
         if (!ok) return false;
     }
     return true;
 }
 
-// Rules between knobs.
-static inline bool config_rules(RunConfig* run, const JsonSource* source, Error* err) {
-    int micro = run->batch.micro_batch_size;
-    if (run->batch.global_batch_size == 0) run->batch.global_batch_size = micro;
-    if (run->batch.global_batch_size % micro != 0)
-        return fail(err, EXIT_CONFIG, "%s is %d; it must be a multiple of micro_batch_size %d (%d or %d, say)",
-                    json_where(source, "batch", "global_batch_size"), run->batch.global_batch_size, micro,
-                    (run->batch.global_batch_size / micro + 1) * micro,
-                    run->batch.global_batch_size < micro ? micro : run->batch.global_batch_size / micro * micro);
-    if (run->batch.sequence_length > run->model.max_position_embeddings)
-        return fail(err, EXIT_CONFIG, "%s is %d; at most model.max_position_embeddings, %d, is possible",
-                    json_where(source, "batch", "sequence_length"), run->batch.sequence_length,
-                    run->model.max_position_embeddings);
-    if ((uint64_t)micro * (uint64_t)run->batch.sequence_length > INT_MAX / 2)
-        return fail(err, EXIT_CONFIG, "%s is %d: with sequence_length %d a micro-batch has more than 2^30 tokens",
-                    json_where(source, "batch", "micro_batch_size"), micro, run->batch.sequence_length);
-    if (run->schedule.warmup_steps > run->schedule.max_steps)
-        return fail(err, EXIT_CONFIG, "%s is %d; at most schedule.max_steps, %d, is possible",
-                    json_where(source, "schedule", "warmup_steps"), run->schedule.warmup_steps, run->schedule.max_steps);
-    if (run->log.run_dir[0] == '\0')
-        return fail(err, EXIT_CONFIG, "%s is empty; name a directory", json_where(source, "log", "run_dir"));
+static inline bool check_required(const ConfigReader* r) {
+    for (int i = 0; i < NUM_KNOBS; i++) {
+        const Knob* k = &knobs[i];
+        const cJSON* section =
+            k->section[0] == '\0' ? r->root : cJSON_GetObjectItemCaseSensitive(r->root, k->section);
+        JsonValue v = json_member(&r->source, k->section, section, k->key);
+        if (k->standard == NULL && v.item == NULL)
+            return fail_at(r->err, &v, " is missing; it has no default: %s", k->meaning);
+    }
     return true;
 }
 
-static inline bool config_from_json(RunConfig* run, cJSON* root, const JsonSource* source, Error* err) {
-    char model_path[CONFIG_TEXT] = "";
-    memset(run, 0, sizeof *run);
-    if (!config_model_file(root, model_path, err)) return false;
-    for (int i = 0; i < source->num_overrides; i++)
-        if (!config_override(root, source->overrides[i], err)) return false;
-    if (!config_defaults(run, root, source, err) || !config_keys(run, root, "", source, err)) return false;
-    const cJSON* model = cJSON_GetObjectItemCaseSensitive(root, "model");
-    const cJSON* train = cJSON_GetObjectItemCaseSensitive(cJSON_GetObjectItemCaseSensitive(root, "data"), "train");
-    if (!cJSON_IsObject(model))
-        return fail(err, EXIT_CONFIG, "%s is %s; an object with the keys of a Hugging Face config.json, or the path of "
-                    "one, is wanted", json_where(source, "", "model"), model != NULL ? json_show(model) : "missing");
-    if (train == NULL)
-        return fail(err, EXIT_CONFIG, "%s is missing; it has no default: the token shards to train on",
-                    json_where(source, "data", "train"));
-    JsonSource model_source = *source;
-    if (model_path[0] != '\0') model_source.name = model_path, model_source.size = 0;
-    if (!model_config_from_json(&run->model, model, &model_source, "model", model_path[0] != '\0', err)) return false;
-    return config_rules(run, source, err);
-}
-
-// text (size bytes, with a NUL behind) is changed. name stands for the file in messages.
-static inline bool config_parse(RunConfig* run, char* text, size_t size, const char* name, int num_overrides,
-                                char** overrides, Error* err) {
-    JsonSource source = {name, text, size, num_overrides, overrides};
-    cJSON* root = json_parse_object(text, size, name, err);
-    bool ok = root != NULL && config_from_json(run, root, &source, err);
-    cJSON_Delete(root);
+static inline bool read_model(ConfigReader* r, RunConfig* run) {
+    JsonValue v = json_member(&r->source, "", r->root, "model");
+    String notes = {NULL, 0, 0};
+    bool own_file = r->model_text != NULL;
+    if (!cJSON_IsObject(v.item))
+        return fail_value(r->err, &v,
+                          "the keys of a Hugging Face config.json, or the path of one, are wanted");
+    bool ok = model_config_from_json(&run->model, v.item, own_file ? &r->model_source : &r->source, "model",
+                                     own_file ? &notes : NULL, r->err);
+    if (ok && notes.size != 0) fputs(notes.data, stderr);
+    free(notes.data);
     return ok;
 }
 
-static inline bool config_load(RunConfig* run, const char* path, int num_overrides, char** overrides, Error* err) {
+// A bound on what a micro-batch leaves in memory, in floats: beyond any machine, yet no size that is computed
+// from it overflows.
+static inline bool micro_batch_fits(const RunConfig* run) {
+    const ModelConfig* c = &run->model;
+    uint64_t width = model_dim(c, DIM_QKV) + 8 * model_dim(c, DIM_HIDDEN) + 4 * model_dim(c, DIM_FC), floats;
+    uint64_t tokens = (uint64_t)run->batch.micro_batch_size * (uint64_t)run->batch.sequence_length;
+    return tokens <= 1u << 30 && checked_mul(tokens, (uint64_t)c->num_hidden_layers * width, &floats) &&
+           checked_extent(floats, tokens, model_dim(c, DIM_VOCAB), &floats) && floats <= (uint64_t)1 << 48;
+}
+
+// "WHERE is VALUE; " and the formatted rule that section.key breaks.
+__attribute__((format(printf, 4, 5))) static inline bool fail_rule(const ConfigReader* r, const char* section,
+                                                                   const char* key, const char* format, ...) {
+    char rule[512];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(rule, sizeof rule, format, args);
+    va_end(args);
+    JsonValue v = json_member(&r->source, section, cJSON_GetObjectItemCaseSensitive(r->root, section), key);
+    return fail_value(r->err, &v, "%s", rule);
+}
+
+// Rules between knobs.
+static inline bool check_rules(const ConfigReader* r, RunConfig* run) {
+    int micro = run->batch.micro_batch_size;
+    if (run->batch.global_batch_size == 0) run->batch.global_batch_size = micro;
+    if (run->batch.global_batch_size % micro != 0)
+        return fail_rule(r, "batch", "global_batch_size", "it must be a multiple of micro_batch_size, %d",
+                         micro);
+    if (run->batch.sequence_length > run->model.max_position_embeddings)
+        return fail_rule(r, "batch", "sequence_length",
+                         "at most model.max_position_embeddings, %d, is possible",
+                         run->model.max_position_embeddings);
+    if (!micro_batch_fits(run))
+        return fail_rule(r, "batch", "micro_batch_size",
+                         "with sequence_length %d this model would need more than "
+                         "2^50 bytes",
+                         run->batch.sequence_length);
+    if (run->schedule.warmup_steps > run->schedule.max_steps)
+        return fail_rule(r, "schedule", "warmup_steps", "at most schedule.max_steps, %d, is possible",
+                         run->schedule.max_steps);
+    int every = run->checkpoint.every, permanent = run->checkpoint.permanent_every;
+    if (permanent > 0 && (every == 0 || permanent % every != 0))
+        return fail_rule(r, "checkpoint", "permanent_every", "it must be a multiple of checkpoint.every, %d",
+                         every);
+    if (run->eval.every > 0 && run->data.validation[0] == '\0')
+        return fail_rule(r, "eval", "every", "data.validation is empty: name the shards to evaluate on");
+    if (run->sample.every > 0 && run->data.tokenizer[0] == '\0')
+        return fail_rule(r, "sample", "every", "data.tokenizer is empty: name what turns tokens into text");
+    if (run->log.run_dir[0] == '\0') return fail_rule(r, "log", "run_dir", "a directory is wanted");
+    return true;
+}
+
+// ----------------------------------------------------------------------------
+// the whole
+
+// text need not end in a NUL. name stands for it in messages; a later override wins.
+static inline bool config_parse(RunConfig* run, const char* text, size_t size, const char* name,
+                                int num_overrides, char** overrides, Error* err) {
+    char* copy = (char*)malloc_check(size + 1); // comments are blanked in it
+    memcpy(copy, text, size);
+    copy[size] = '\0';
+    ConfigReader r;
+    memset(&r, 0, sizeof r);
+    memset(run, 0, sizeof *run);
+    r.source.name = name, r.source.text = copy, r.source.size = size, r.source.section = "";
+    r.source.num_overrides = num_overrides, r.source.overrides = overrides;
+    r.err = err;
+    r.root = json_parse_object(copy, &r.source, err);
+    bool ok = r.root != NULL;
+    for (int i = 0; i < num_overrides && ok; i++) ok = apply_override(&r, overrides[i]);
+    ok = ok && load_model_section(&r) && set_defaults(run, err) && read_keys(&r, run, r.root, "") &&
+         check_required(&r) && read_model(&r, run) && check_rules(&r, run);
+    cJSON_Delete(r.root);
+    free(r.model_text);
+    free(copy);
+    return ok;
+}
+
+static inline bool config_load(RunConfig* run, const char* path, int num_overrides, char** overrides,
+                               Error* err) {
     size_t size;
     char* text = read_file(path, JSON_MAX_BYTES, &size, err);
     bool ok = text != NULL && config_parse(run, text, size, path, num_overrides, overrides, err);

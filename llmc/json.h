@@ -1,9 +1,9 @@
-// JSON for run configs and small files, on top of cJSON: comments, sources with line numbers for messages, and
-// text escaped for what we write. cJSON itself knows no positions and cuts a string at \u0000, so the text is
-// looked at before it is parsed, and walked again for a line only when there is something to complain about.
+// JSON for run configs and small files, on top of cJSON: comments, lines for messages, typed values, and text
+// escaped for what we write. cJSON itself knows no positions and cuts a string at \u0000: the text is looked at
+// before it is parsed, and walked again for a line only when there is something to complain about.
 //
-// Limits: 1 MiB, 32 levels of nesting, 1,000 keys an object. cJSON gets a NUL-terminated copy, never a length:
-// its parsing by length reads past the end in Debian 12's version, 1.7.15.
+// Limits: 1 MiB, 32 levels of nesting, 1,000 keys an object. cJSON is given text that ends in a NUL, never a
+// length: parsing by length has read past the end (its issues 775 and 804; Debian 12 has version 1.7.15).
 #pragma once
 #include <cjson/cJSON.h>
 #include <math.h>
@@ -30,14 +30,19 @@ static inline void json_append_string(String* out, const char* text) {
     string_append_bytes(out, "\"", 1);
 }
 
-// The shortest of %.15g, %.16g and %.17g that reads back as the same finite double; always with a point or an
-// exponent, because readers that tell 8 from 8.0 exist.
+// The shortest of %.15g, %.16g and %.17g that reads back as the same finite double.
+static inline const char* json_number_text(char out[40], double value) {
+    for (int digits = 15; digits <= 17; digits++) {
+        snprintf(out, 40, "%.*g", digits, value);
+        if (strtod(out, NULL) == value) break;
+    }
+    return out;
+}
+
+// Always with a point or an exponent: some readers tell 8 from 8.0.
 static inline void json_append_number(String* out, double value) {
     char text[40];
-    for (int digits = 15; digits <= 17; digits++) {
-        snprintf(text, sizeof text, "%.*g", digits, value);
-        if (strtod(text, NULL) == value) break;
-    }
+    json_number_text(text, value);
     string_append(out, "%s%s", text, strpbrk(text, ".e") == NULL ? ".0" : "");
 }
 
@@ -165,10 +170,12 @@ typedef struct {
 // object[key], where the object stands at path ("": the top level)
 static inline JsonValue json_member(const JsonSource* source, const char* path, const cJSON* object,
                                     const char* key) {
-    JsonValue v;
-    v.source = source;
-    v.item = cJSON_GetObjectItemCaseSensitive(object, key);
-    snprintf(v.path, sizeof v.path, "%s%s%s", path, path[0] != '\0' ? "." : "", key);
+    JsonValue v = {source, {0}, cJSON_GetObjectItemCaseSensitive(object, key)};
+    size_t n = strlen(path);
+    n = n < sizeof v.path - 1 ? n : sizeof v.path - 2;
+    memcpy(v.path, path, n);
+    if (n > 0) v.path[n++] = '.';
+    strncpy(v.path + n, key, sizeof v.path - 1 - n);
     return v;
 }
 
@@ -184,26 +191,39 @@ static inline bool json_is_overridden(const JsonSource* source, const char* path
     return false;
 }
 
-// "FILE:LINE: section.key" or "command line: section.key"; a key that is not in the text has no line.
+// A path as it stands in the source's text: without the name of the section that the whole text is.
+static inline const char* json_path_in_text(const JsonValue* v) {
+    size_t n = strlen(v->source->section);
+    bool inside = n != 0 && strncmp(v->path, v->source->section, n) == 0 && v->path[n] == '.';
+    return inside ? v->path + n + 1 : v->path;
+}
+
+// "FILE:LINE: section.key" or "command line: section.key". The line is that of the innermost key around the
+// value which the text has.
 static inline void json_append_where(String* out, const JsonValue* v) {
-    const JsonSource* source = v->source;
-    const char* path = v->path;
-    if (json_is_overridden(source, path)) {
-        string_append(out, "command line: %s", path);
+    if (json_is_overridden(v->source, v->path)) {
+        string_append(out, "command line: %s", v->path);
         return;
     }
-    size_t n = strlen(source->section);
-    if (n != 0 && strncmp(path, source->section, n) == 0 && path[n] == '.') path += n + 1;
-    int line = json_line_of(source->text, source->size, path, 1);
-    string_append(out, "%s:", source->name);
+    char around[sizeof v->path];
+    const char* path = json_path_in_text(v);
+    snprintf(around, sizeof around, "%s", path);
+    int line = json_line_of(v->source->text, v->source->size, around, 1);
+    for (char* dot; line == 0 && (dot = strrchr(around, '.')) != NULL;) {
+        *dot = '\0';
+        line = json_line_of(v->source->text, v->source->size, around, 1);
+    }
+    string_append(out, "%s:", v->source->name);
     if (line > 0) string_append(out, "%d:", line);
     string_append(out, " %s", path);
 }
 
 // What a value looks like: at most 60 bytes of its JSON.
 static inline void json_append_shown(String* out, const cJSON* item) {
-    if (cJSON_IsNumber(item) && !isfinite(item->valuedouble)) {
-        string_append(out, "too large a number");
+    char number[40];
+    if (cJSON_IsNumber(item)) {
+        bool finite = isfinite(item->valuedouble);
+        string_append(out, "%s", finite ? json_number_text(number, item->valuedouble) : "too large a number");
         return;
     }
     char* text = cJSON_PrintUnformatted(item);
@@ -242,12 +262,13 @@ __attribute__((format(printf, 3, 4))) static inline bool fail_value(Error* err, 
     return false;
 }
 
-// Edits that turn a into b (Levenshtein's distance), for "did you mean"; names of 64 bytes and more are far
-// from everything.
+// Edits that turn a into b (Levenshtein's distance), for "did you mean"; one if a is where b begins, far if a
+// name has 64 bytes or more.
 static inline int name_distance(const char* a, const char* b) {
     size_t n = strlen(a), m = strlen(b);
     int row[64];
     if (n > 63 || m > 63) return INT_MAX / 2;
+    if (n >= 3 && n < m && memcmp(a, b, n) == 0) return 1;
     for (size_t j = 0; j <= m; j++) row[j] = (int)j;
     for (size_t i = 1; i <= n; i++) {
         int diagonal = row[0];
@@ -307,7 +328,7 @@ static inline bool json_check_keys(const cJSON* node, const char* path, const Js
             return fail(err, EXIT_CONFIG, "%s: an object has more than %d keys", source->name, JSON_MAX_KEYS);
         for (const cJSON* b = a->next; named && b != NULL; b = b->next) {
             if (strcmp(a->string, b->string) != 0) continue;
-            int again = json_line_of(source->text, source->size, v.path, 2);
+            int again = json_line_of(source->text, source->size, json_path_in_text(&v), 2);
             if (again == 0) return fail_at(err, &v, " is given twice");
             return fail_at(err, &v, " is given twice, again in line %d", again);
         }
@@ -335,7 +356,12 @@ static inline bool json_prepare(char* text, size_t size, const char* name, Error
     return true;
 }
 
+// at: where cJSON stopped, which is one byte too far for a string that is wrong and for "}" instead of a key
 static inline void fail_syntax(const char* text, size_t size, size_t at, const char* name, Error* err) {
+    size_t before = at > 0 ? at - 1 : 0;
+    while (before > 0 && json_is_space(text[before - 1])) before--;
+    if (at > 0 && (text[at - 1] == '"' || (text[at - 1] == '}' && before > 0 && text[before - 1] == ',')))
+        at--;
     while (at < size && json_is_space(text[at])) at++;
     size_t shown = 0;
     while (shown < 24 && at + shown < size && (unsigned char)text[at + shown] >= 32) shown++;
@@ -347,7 +373,7 @@ static inline void fail_syntax(const char* text, size_t size, size_t at, const c
              json_line_at(text, size));
 }
 
-// The object that source->text holds; text is the same memory, with a NUL behind its last byte, for comments are
+// The object that source->text holds; text is the same memory, with a NUL behind its last byte: comments are
 // blanked in it. NULL on failure; the caller deletes.
 static inline cJSON* json_parse_object(char* text, const JsonSource* source, Error* err) {
     const char* name = source->name;
@@ -365,7 +391,7 @@ static inline cJSON* json_parse_object(char* text, const JsonSource* source, Err
     else if (!cJSON_IsObject(json))
         fail(err, EXIT_CONFIG, "%s:%d: the top level must be an object, { ... }", name,
              json_line_at(text, begin));
-    else if (json_check_keys(json, "", source, err))
+    else if (json_check_keys(json, source->section, source, err))
         return json;
     cJSON_Delete(json);
     return NULL;

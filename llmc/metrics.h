@@ -9,38 +9,48 @@
 typedef struct {
     int fd; // of log.jsonl; -1 once writing failed
     char path[PATH_MAX];
-    double started;
 } Metrics;
-
-static inline bool metrics_open(Metrics* m, const char* run_dir, Error* err) {
-    m->started = seconds_now();
-    if (!path_join(m->path, run_dir, "log.jsonl", err)) return false;
-    m->fd = open(m->path, O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
-    if (m->fd < 0) return fail(err, EXIT_CANNOT_WRITE, "cannot open %s: %s", m->path, strerror(errno));
-    // a run that was killed may have left half a line: end it, so that it spoils no other
-    char last = '\n';
-    off_t size = lseek(m->fd, 0, SEEK_END);
-    if (size > 0 && pread(m->fd, &last, 1, size - 1) == 1 && last != '\n' && !write_all(m->fd, "\n", 1))
-        return fail(err, EXIT_IO, "cannot append to %s: %s", m->path, strerror(errno));
-    return true;
-}
 
 static inline void metrics_close(Metrics* m) {
     if (m->fd >= 0) close(m->fd);
     m->fd = -1;
 }
 
+static inline void metrics_write(Metrics* m, const char* data, size_t size) {
+    if (m->fd < 0 || write_all(m->fd, data, size)) return;
+    fprintf(stderr, "warning: cannot write %s: %s; training goes on without the log\n", m->path,
+            strerror(errno));
+    metrics_close(m);
+}
+
+// Appends to RUN_DIR/log.jsonl. Only a log that cannot be opened at all is an error: most likely it is in the
+// wrong place.
+static inline bool metrics_open(Metrics* m, const char* run_dir, Error* err) {
+    if (!path_join(m->path, run_dir, "log.jsonl", err)) return false;
+    m->fd = open(m->path, O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
+    if (m->fd < 0) return fail(err, EXIT_CANNOT_WRITE, "cannot open %s: %s", m->path, strerror(errno));
+    // a run that was killed may have left half a line: end it, so that it spoils no other
+    char last = '\n';
+    off_t size = lseek(m->fd, 0, SEEK_END);
+    if (size > 0 && pread(m->fd, &last, 1, size - 1) == 1 && last != '\n') metrics_write(m, "\n", 1);
+    return true;
+}
+
 // A line is built field by field (event_begin, event_number ..., event_end) and written by one write(2).
 static inline String event_begin(const char* event, uint64_t step) {
     String line = {NULL, 0, 0};
-    string_append(&line, "{\"event\":\"%s\",\"time\":%.3f,\"step\":%llu", event, (double)time(NULL),
-                  (unsigned long long)step);
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    string_append(&line, "{\"event\":\"%s\",\"time\":%.3f,\"step\":%llu", event,
+                  (double)now.tv_sec + 1e-9 * (double)now.tv_nsec, (unsigned long long)step);
     return line;
 }
 
+// Counts are written in full, other numbers to nine digits, more than fp32 has.
 static inline void event_number(String* line, const char* key, double value) {
+    bool count = value == floor(value) && fabs(value) < 9007199254740992.0;
     if (isfinite(value))
-        string_append(line, ",\"%s\":%.9g", key, value);
+        string_append(line, count ? ",\"%s\":%.0f" : ",\"%s\":%.9g", key, value);
     else
         string_append(line, ",\"%s\":null", key); // JSON has no NaN
 }
@@ -52,11 +62,7 @@ static inline void event_text(String* line, const char* key, const char* text) {
 
 static inline void event_end(Metrics* m, String* line) {
     string_append(line, "}\n");
-    if (m->fd >= 0 && !write_all(m->fd, line->data, line->size)) {
-        fprintf(stderr, "warning: cannot write %s: %s; training goes on without the log\n", m->path,
-                strerror(errno));
-        metrics_close(m);
-    }
+    metrics_write(m, line->data, line->size);
     free(line->data);
 }
 

@@ -1,9 +1,9 @@
 // ModelConfig from Hugging Face's config.json (GPT-2's spelling included) and back.
 //
-// Every key that such a file may hold is in one of three tables: model_keys set a field, rope_keys stand in
-// rope_scaling, and other_model_keys must have the value that this program computes with, or do not matter to
-// it. In a run config's own model section any other key is an error; in somebody else's config.json it is named
-// in a note. Defaults are those of transformers 4.46.
+// Every key that such a file may hold is in one of these tables: model_keys set a field, ruled_model_keys
+// have a function (rope_keys stand in rope_scaling), and other_model_keys must have the value that this program
+// computes with, or do not matter to it. In a run config's own model section any other key is an error; in
+// somebody else's config.json it is named in a note. Families' defaults: model.h.
 #pragma once
 #include "llmc/json.h"  // defines: JsonSource, JsonValue, json_*, fail_at, fail_value, nearest_name
 #include "llmc/model.h" // defines: ModelConfig, ModelFamily, model_families, model_num_parameters
@@ -29,34 +29,36 @@ typedef struct {
 #define AT(field) offsetof(ModelConfig, field)
 #define ROPE "llama mistral qwen2"
 static const ModelKey model_keys[] = {
-    {"vocab_size",              NULL,          NULL,    MODEL_INT, AT(vocab_size), 2, 1 << 24, NULL},
-    {"hidden_size",             "n_embd",      NULL,    MODEL_INT, AT(hidden_size), 1, 1 << 17, NULL},
-    {"num_hidden_layers",       "n_layer",     NULL,    MODEL_INT, AT(num_hidden_layers), 1, 4096, NULL},
-    {"num_attention_heads",     "n_head",      NULL,    MODEL_INT, AT(num_attention_heads), 1, 4096, NULL},
-    {"num_key_value_heads",     NULL,          ROPE,    MODEL_INT, AT(num_key_value_heads), 1, 4096, "num_attention_heads"},
-    {"head_dim",                NULL,          ROPE,    MODEL_INT, AT(head_dim), 2, 1024, "hidden_size / num_attention_heads"},
-    {"intermediate_size",       "n_inner",     NULL,    MODEL_INT, AT(intermediate_size), 1, 1 << 20, "gpt2: 4 hidden_size; else required"},
-    {"max_position_embeddings", "n_positions", NULL,    MODEL_INT, AT(max_position_embeddings), 1, 1 << 24, "gpt2: 1024; else 2048"},
-    {"layer_norm_epsilon",      NULL,          "gpt2",  MODEL_NUMBER, AT(norm_eps), 1e-12, 1, "1e-5"},
-    {"rms_norm_eps",            NULL,          ROPE,    MODEL_NUMBER, AT(norm_eps), 1e-12, 1, "qwen2: 1e-6; else 1e-5"},
-    {"rope_theta",              NULL,          ROPE,    MODEL_NUMBER, AT(rope.theta), 1, 1e12, "10000"},
-    {"tie_word_embeddings",     NULL,          NULL,    MODEL_BOOL, AT(tie_word_embeddings), 0, 1, "gpt2: true; else false"},
-    {"bias",                    NULL,          "gpt2",  MODEL_BOOL, AT(attention_bias), 0, 1, "true"},
-    {"bias",                    NULL,          "gpt2",  MODEL_BOOL, AT(attention_output_bias), 0, 1, "true"},
-    {"bias",                    NULL,          "gpt2",  MODEL_BOOL, AT(mlp_bias), 0, 1, "true"},
-    {"bias",                    NULL,          "gpt2",  MODEL_BOOL, AT(norm_bias), 0, 1, "true"},
-    {"attention_bias",          NULL,          "llama", MODEL_BOOL, AT(attention_bias), 0, 1, "false"},
-    {"attention_bias",          NULL,          "llama", MODEL_BOOL, AT(attention_output_bias), 0, 1, "false"},
-    {"mlp_bias",                NULL,          "llama", MODEL_BOOL, AT(mlp_bias), 0, 1, "false"},
-    {"initializer_range",       NULL,          NULL,    MODEL_NUMBER, AT(initializer_range), 0, 10, "0.02"},
-    {"bos_token_id",            NULL,          NULL,    MODEL_TOKEN, AT(bos_token_id), 0, (1 << 24) - 1, "none"},
-    {"eos_token_id",            NULL,          NULL,    MODEL_TOKEN, AT(eos_token_id), 0, (1 << 24) - 1, "none"},
+    {"vocab_size", NULL, NULL, MODEL_INT, AT(vocab_size), 2, 1 << 24, NULL},
+    {"hidden_size", "n_embd", NULL, MODEL_INT, AT(hidden_size), 1, 1 << 17, NULL},
+    {"num_hidden_layers", "n_layer", NULL, MODEL_INT, AT(num_hidden_layers), 1, 4096, NULL},
+    {"num_attention_heads", "n_head", NULL, MODEL_INT, AT(num_attention_heads), 1, 4096, NULL},
+    {"num_key_value_heads", NULL, ROPE, MODEL_INT, AT(num_key_value_heads), 1, 4096, "num_attention_heads"},
+    {"head_dim", NULL, ROPE, MODEL_INT, AT(head_dim), 2, 1024, "hidden_size / num_attention_heads"},
+    {"intermediate_size", "n_inner", NULL, MODEL_INT, AT(intermediate_size), 1, 1 << 20,
+        "gpt2: 4 hidden_size; else required"},
+    {"max_position_embeddings", "n_positions", NULL, MODEL_INT, AT(max_position_embeddings), 1, 1 << 24,
+        "gpt2: 1024; else 2048"},
+    {"layer_norm_epsilon", NULL, "gpt2", MODEL_NUMBER, AT(norm_eps), 1e-12, 1, "1e-5"},
+    {"rms_norm_eps", NULL, ROPE, MODEL_NUMBER, AT(norm_eps), 1e-12, 1, "qwen2: 1e-6; else 1e-5"},
+    {"rope_theta", NULL, ROPE, MODEL_NUMBER, AT(rope.theta), 1, 1e12, "10000"},
+    {"tie_word_embeddings", NULL, NULL, MODEL_BOOL, AT(tie_word_embeddings), 0, 1, "gpt2: true; else false"},
+    {"bias", NULL, "gpt2", MODEL_BOOL, AT(attention_bias), 0, 1, "true"},
+    {"bias", NULL, "gpt2", MODEL_BOOL, AT(attention_output_bias), 0, 1, "true"},
+    {"bias", NULL, "gpt2", MODEL_BOOL, AT(mlp_bias), 0, 1, "true"},
+    {"bias", NULL, "gpt2", MODEL_BOOL, AT(norm_bias), 0, 1, "true"},
+    {"attention_bias", NULL, "llama", MODEL_BOOL, AT(attention_bias), 0, 1, "false"},
+    {"attention_bias", NULL, "llama", MODEL_BOOL, AT(attention_output_bias), 0, 1, "false"},
+    {"mlp_bias", NULL, "llama", MODEL_BOOL, AT(mlp_bias), 0, 1, "false"},
+    {"initializer_range", NULL, NULL, MODEL_NUMBER, AT(initializer_range), 0, 10, "0.02"},
+    {"bos_token_id", NULL, NULL, MODEL_TOKEN, AT(bos_token_id), 0, (1 << 24) - 1, "none"},
+    {"eos_token_id", NULL, NULL, MODEL_TOKEN, AT(eos_token_id), 0, (1 << 24) - 1, "none"},
 };
 #undef AT
 enum { NUM_MODEL_KEYS = sizeof model_keys / sizeof model_keys[0] };
 
 // What stands in rope_scaling, or in transformers 5's rope_parameters: numbers that a scaling needs, and that
-// have no business with others. rope_theta is one of model_keys and may stand here instead.
+// have no business with others. rope_theta is one of model_keys, and may stand here instead.
 #define AT(field) offsetof(RopeConfig, field)
 static const struct {
     const char* key;
@@ -66,34 +68,38 @@ static const struct {
     bool used_by[3]; // by RopeScaling
     bool required;
 } rope_keys[] = {
-    {"rope_theta",                       MODEL_NUMBER, AT(theta), 1, 1e12, {true, true, true}, false},
-    {"factor",                           MODEL_NUMBER, AT(factor), 1, 1e6, {false, true, true}, true},
-    {"low_freq_factor",                  MODEL_NUMBER, AT(low_freq_factor), 1e-6, 1e6, {false, false, true}, true},
-    {"high_freq_factor",                 MODEL_NUMBER, AT(high_freq_factor), 1e-6, 1e6, {false, false, true}, true},
-    {"original_max_position_embeddings", MODEL_INT, AT(original_max_position_embeddings), 1, 1 << 24, {false, false, true}, true},
+    {"rope_theta", MODEL_NUMBER, AT(theta), 1, 1e12, {true, true, true}, false},
+    {"factor", MODEL_NUMBER, AT(factor), 1, 1e6, {false, true, true}, true},
+    {"low_freq_factor", MODEL_NUMBER, AT(low_freq_factor), 1e-6, 1e6, {false, false, true}, true},
+    {"high_freq_factor", MODEL_NUMBER, AT(high_freq_factor), 1e-6, 1e6, {false, false, true}, true},
+    {"original_max_position_embeddings", MODEL_INT, AT(original_max_position_embeddings), 1, 1 << 24,
+        {false, false, true}, true},
 };
 #undef AT
 enum { NUM_ROPE_KEYS = sizeof rope_keys / sizeof rope_keys[0] };
 static const char* const rope_scaling_names[] = {"default", "linear", "llama3"}; // by RopeScaling
 
-// Keys that would change what is computed if they had another value than this one; NULL: they never do. Dropout
-// is not implemented, as recent models do without: it must be 0 in a run config, and does not matter in a
-// config.json, whose model was trained elsewhere.
+// Keys that would change what is computed if they had another value than this one; NULL: they never do.
+// Dropout is not implemented, as recent models do without: it must be 0 in a run config, and does not matter in
+// a config.json, whose model was trained elsewhere.
 static const struct {
     const char *key, *value;
-    bool in_run_config_only;
+    const char* dropout_of; // model types that have this dropout
 } other_model_keys[] = {
-    {"add_cross_attention", "false", false}, {"is_encoder_decoder", "false", false}, {"partial_rotary_factor", "1", false},
-    {"pretraining_tp", "1", false}, {"quantization_config", "null", false}, {"reorder_and_upcast_attn", "false", false},
-    {"scale_attn_by_inverse_layer_idx", "false", false}, {"scale_attn_weights", "true", false},
-    {"use_sliding_window", "false", false}, {"attention_dropout", "0", true}, {"attn_pdrop", "0", true},
-    {"embd_pdrop", "0", true}, {"resid_pdrop", "0", true},
-    {"_name_or_path", NULL, false}, {"architectures", NULL, false}, {"dtype", NULL, false},
-    {"gradient_checkpointing", NULL, false}, {"max_window_layers", NULL, false}, {"model_type", NULL, false},
-    {"n_ctx", NULL, false}, {"output_past", NULL, false}, {"pad_token_id", NULL, false}, {"summary_activation", NULL, false},
-    {"summary_first_dropout", NULL, false}, {"summary_proj_to_labels", NULL, false}, {"summary_type", NULL, false},
-    {"summary_use_proj", NULL, false}, {"task_specific_params", NULL, false}, {"torch_dtype", NULL, false},
-    {"transformers_version", NULL, false}, {"use_cache", NULL, false},
+    {"add_cross_attention", "false", NULL}, {"is_encoder_decoder", "false", NULL},
+    {"partial_rotary_factor", "1", NULL}, {"pretraining_tp", "1", NULL},
+    {"quantization_config", "null", NULL},
+    {"reorder_and_upcast_attn", "false", NULL}, {"scale_attn_by_inverse_layer_idx", "false", NULL},
+    {"scale_attn_weights", "true", NULL}, {"use_sliding_window", "false", NULL},
+    {"attention_dropout", "0", ROPE}, {"attn_pdrop", "0", "gpt2"}, {"embd_pdrop", "0", "gpt2"},
+    {"resid_pdrop", "0", "gpt2"},
+    {"_name_or_path", NULL, NULL}, {"architectures", NULL, NULL}, {"dtype", NULL, NULL},
+    {"gradient_checkpointing", NULL, NULL}, {"max_window_layers", NULL, NULL}, {"model_type", NULL, NULL},
+    {"n_ctx", NULL, NULL}, {"output_past", NULL, NULL}, {"pad_token_id", NULL, NULL},
+    {"summary_activation", NULL, NULL}, {"summary_first_dropout", NULL, NULL},
+    {"summary_proj_to_labels", NULL, NULL}, {"summary_type", NULL, NULL}, {"summary_use_proj", NULL, NULL},
+    {"task_specific_params", NULL, NULL}, {"torch_dtype", NULL, NULL}, {"transformers_version", NULL, NULL},
+    {"use_cache", NULL, NULL},
 };
 enum { NUM_OTHER_MODEL_KEYS = sizeof other_model_keys / sizeof other_model_keys[0] };
 // clang-format on
@@ -113,6 +119,7 @@ static inline JsonValue model_value(const ModelReader* r, const char* key) {
 }
 
 static inline void add_note(String* notes, const JsonValue* v, const char* what) {
+    string_append(notes, "note: ");
     json_append_where(notes, v);
     string_append(notes, "%s\n", what);
 }
@@ -124,7 +131,7 @@ static inline bool family_has_key(const ModelFamily* family, const ModelKey* k) 
 // ----------------------------------------------------------------------------
 // keys that set fields
 
-// Of a list of tokens, which instruction-tuned models have for eos_token_id, the first; a run config wants one.
+// Of a list of tokens, which instruction-tuned models have as eos_token_id, the first; a run config gives one.
 static inline bool first_token(ModelReader* r, JsonValue* v) {
     if (r->notes == NULL) return fail_value(r->err, v, "one token is wanted");
     add_note(r->notes, v, ": only the first token of the list is used");
@@ -136,7 +143,7 @@ static inline bool first_token(ModelReader* r, JsonValue* v) {
 static inline bool read_field(void* base, size_t offset, enum ModelKeyType type, double min, double max,
                               const JsonValue* v, Error* err) {
     char* field = (char*)base + offset;
-    double value;
+    double value = 0;
     if (type == MODEL_BOOL) return json_read_bool((bool*)field, v, err);
     if (!json_read_number(&value, v, type != MODEL_NUMBER, min, max, err)) return false;
     if (type == MODEL_NUMBER)
@@ -219,16 +226,16 @@ static inline bool read_rope(ModelReader* r, const JsonValue* v) {
 static inline bool read_activation(ModelReader* r, const JsonValue* v) {
     const ModelFamily* family = r->model->family;
     const char* name = cJSON_GetStringValue(v->item);
-    bool tanh = family->activation == ACTIVATION_GELU_TANH; // two of transformers' names for one function
+    bool gelu = family->activation == ACTIVATION_GELU_TANH; // two of transformers' names for one function
     if (name != NULL && strcmp(name, family->hidden_act) == 0) return true;
-    if (name != NULL && tanh && strcmp(name, "gelu_pytorch_tanh") == 0) return true;
+    if (name != NULL && gelu && strcmp(name, "gelu_pytorch_tanh") == 0) return true;
     return fail_value(r->err, v, "a %s model has \"%s\"", family->model_type, family->hidden_act);
 }
 
-// Attention sees the whole sequence: the same as a window as long as no sequence outgrows it. A config.json is
-// taken for a model of shorter sequences; in a run config the user decides.
+// Attention here sees the whole sequence, which is the same as long as no sequence outgrows the window. A
+// config.json is taken for a model of shorter sequences; in a run config the user decides.
 static inline bool read_sliding_window(ModelReader* r, const JsonValue* v) {
-    double window;
+    double window = 0;
     int* positions = &r->model->max_position_embeddings;
     if (cJSON_IsNull(v->item) || strcmp(r->model->family->model_type, "qwen2") == 0)
         return true; // use_sliding_window
@@ -289,13 +296,14 @@ static inline bool model_key_known(const ModelFamily* family, const char* key, c
     return strcmp(key, *nearest) == 0;
 }
 
-static inline bool read_other_key(ModelReader* r, const JsonValue* v) {
+// unknown: names of the keys that are passed over, ", " between them
+static inline bool read_other_key(ModelReader* r, const JsonValue* v, String* unknown) {
     const char *key = v->item->string, *nearest;
+    bool strict = r->notes == NULL || json_is_overridden(r->source, v->path);
     for (int i = 0; i < NUM_OTHER_MODEL_KEYS; i++) {
         const char* value = other_model_keys[i].value;
         if (strcmp(key, other_model_keys[i].key) != 0) continue;
-        if (value == NULL || cJSON_IsNull(v->item) ||
-            (other_model_keys[i].in_run_config_only && r->notes != NULL))
+        if (value == NULL || cJSON_IsNull(v->item) || (other_model_keys[i].dropout_of != NULL && !strict))
             return true;
         cJSON* wanted = cJSON_Parse(value);
         bool equal = cJSON_Compare(v->item, wanted, true);
@@ -303,19 +311,34 @@ static inline bool read_other_key(ModelReader* r, const JsonValue* v) {
         return equal || fail_value(r->err, v, "only %s is implemented", value);
     }
     if (model_key_known(r->model->family, key, &nearest)) return true;
-    if (r->notes == NULL)
+    if (strict)
         return fail_at(r->err, v, ": unknown key for a %s model; did you mean %s?",
                        r->model->family->model_type, nearest);
-    add_note(r->notes, v, ": unknown, and ignored");
+    string_append(unknown, "%s%s", unknown->size != 0 ? ", " : "", key);
     return true;
 }
 
 static inline bool read_other_keys(ModelReader* r) {
-    for (const cJSON* item = r->object->child; item != NULL; item = item->next) {
+    String unknown = {NULL, 0, 0};
+    bool ok = true;
+    for (const cJSON* item = r->object->child; item != NULL && ok; item = item->next) {
         JsonValue v = model_value(r, item->string);
-        if (!read_other_key(r, &v)) return false;
+        ok = read_other_key(r, &v, &unknown);
     }
-    return true;
+    if (ok && unknown.size != 0)
+        string_append(r->notes, "note: %s: unknown keys, ignored: %s\n", r->source->name, unknown.data);
+    free(unknown.data);
+    return ok;
+}
+
+// The other spelling of a key that GPT-2 names differently; NULL: there is none.
+static inline const char* model_key_alias(const char* key) {
+    for (int i = 0; i < NUM_MODEL_KEYS; i++) {
+        if (model_keys[i].gpt2 == NULL) continue;
+        if (strcmp(key, model_keys[i].key) == 0) return model_keys[i].gpt2;
+        if (strcmp(key, model_keys[i].gpt2) == 0) return model_keys[i].key;
+    }
+    return NULL;
 }
 
 // ----------------------------------------------------------------------------
@@ -382,15 +405,15 @@ static inline bool complete_model(ModelReader* r) {
     return true;
 }
 
-// Fills c from an object with config.json's keys, which stands at path: "model" inside a run config, "" in a file
-// of its own. In the latter, what has no meaning here is appended to notes, a line each; notes == NULL: an error.
+// Fills c from an object with config.json's keys, which stands at path: "model" in a run config, "" in a file
+// of its own. notes: lines about what is ignored in somebody else's file; NULL: nothing may be.
 static inline bool model_config_from_json(ModelConfig* c, const cJSON* object, const JsonSource* source,
                                           const char* path, String* notes, Error* err) {
     ModelReader r = {c, source, path, object, notes, err};
     memset(c, 0, sizeof *c);
     if (!read_family(&r)) return false;
     set_family_defaults(c);
-    return read_model_keys(&r) && read_ruled_keys(&r) && read_other_keys(&r) && complete_model(&r);
+    return read_other_keys(&r) && read_model_keys(&r) && read_ruled_keys(&r) && complete_model(&r);
 }
 
 // A config.json of its own, as it stands in every Hugging Face model directory.
@@ -402,7 +425,7 @@ static inline bool model_config_load(ModelConfig* c, const char* path, Error* er
     String notes = {NULL, 0, 0};
     cJSON* json = json_parse_object(text, &source, err);
     bool ok = json != NULL && model_config_from_json(c, json, &source, "", &notes, err);
-    if (ok && notes.size != 0) fprintf(stderr, "note: %s", notes.data);
+    if (ok && notes.size != 0) fputs(notes.data, stderr);
     cJSON_Delete(json);
     free(notes.data);
     free(text);
@@ -448,9 +471,11 @@ static inline void model_config_write_json(const ModelConfig* c, String* out) {
         string_append(out, ",\n  \"%s\": ", k->gpt2 != NULL && family->conv1d ? k->gpt2 : k->key);
         append_field(out, c, k->offset, k->type);
     }
-    for (int i = 0; i < NUM_OTHER_MODEL_KEYS; i++) // transformers' GPT-2 would train with dropout by default
-        if (other_model_keys[i].in_run_config_only)
+    for (int i = 0; i < NUM_OTHER_MODEL_KEYS; i++) { // transformers' GPT-2 has dropout unless told otherwise
+        const char* families = other_model_keys[i].dropout_of;
+        if (families != NULL && strstr(families, family->model_type) != NULL)
             string_append(out, ",\n  \"%s\": 0.0", other_model_keys[i].key);
+    }
     if (strcmp(family->model_type, "mistral") == 0) string_append(out, ",\n  \"sliding_window\": null");
     if (c->rope.scaling != ROPE_SCALING_NONE) append_rope(out, &c->rope);
     string_append(out, "\n}\n");

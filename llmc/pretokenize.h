@@ -1,16 +1,17 @@
 // Cuts a document into pieces: the step before byte-pair encoding, which never merges across a piece.
 //
 // What a piece is, a regular expression says; PCRE2 runs it, and any expression that a tokenizer.json holds.
-// The four patterns that nearly every model uses also have a hand-written matcher of their ASCII case, several
-// times faster than the expression: it hands a piece to PCRE2 as soon as the decision would need to look at a
-// byte >= 0x80. dev/test/test_tokenizer.c holds the two against each other.
+// The four patterns that nearly every model uses also have a hand-written matcher of their ASCII case,
+// several times faster than the expression: it hands a piece to PCRE2 as soon as the decision would need to
+// look at a byte >= 0x80. dev/test/test_tokenizer.c holds the two against each other.
 //
-// A document is any sequence of bytes. Each well-formed UTF-8 stretch is split as a text of its own; the bytes
-// between two stretches, which no UTF-8 sequence begins at, are one piece: nothing is lost or replaced.
+// A document is any sequence of bytes. Each well-formed UTF-8 stretch is split as a text of its own; the
+// bytes between two stretches, which no UTF-8 sequence begins at, are one piece: nothing is lost or
+// replaced.
 //
-// Sources: tiktoken_ext/openai_public.py (gpt2, cl100k), the tokenizer.json of Llama 3 and Qwen2. The spelling
-// here is one that PCRE2, Oniguruma (Hugging Face tokenizers) and fancy-regex (tiktoken) read alike: `\z` for
-// tiktoken's `$`, which is the end of a line in Oniguruma; `{1,3}` for `{1,3}+`, a repetition of it there.
+// Sources: tiktoken_ext/openai_public.py (gpt2, cl100k), the tokenizer.json of Llama 3 and Qwen2. The
+// spelling here is one that PCRE2, Oniguruma (Hugging Face tokenizers) and fancy-regex (tiktoken) read alike:
+// `\z` for tiktoken's `$`, in Oniguruma the end of a line; `{1,3}` for `{1,3}+`, there a repetition of it.
 #pragma once
 #define PCRE2_CODE_UNIT_WIDTH 8
 #include <pcre2.h>      // defines: pcre2_compile, pcre2_match, ...
@@ -121,7 +122,7 @@ static inline size_t ascii_piece_qwen2(const uint8_t* p, const uint8_t* end) {
 // patterns
 
 typedef struct {
-    const char* name;  // as `corpus bpe --pattern` takes it; NULL for a pattern without one
+    const char* name;  // as `corpus bpe --pattern` takes it
     const char* regex; // as tokenizer.json spells it
     AsciiMatcher* ascii;
 } NamedPattern;
@@ -157,9 +158,9 @@ static inline const NamedPattern* pattern_by_name(const char* name) {
     return NULL;
 }
 
-// The regex as PCRE2 must read it to mean what Oniguruma means by it, into out (caller frees): `\s` is Unicode's
-// White_Space, PCRE2's own counts U+180E among it. Returns NULL, or the construct that the two read differently
-// and that no tokenizer needs.
+// The regex as PCRE2 must read it to mean what Oniguruma means by it, into out (caller frees): `\s` is
+// Unicode's White_Space, PCRE2's own counts U+180E among it. Returns NULL, or the construct that the two
+// read differently and that no tokenizer needs.
 static inline const char* pattern_for_pcre2(const char* regex, String* out) {
     bool in_class = false, in_braces = false; // inside [...]; inside the {...} of \p{L}, \x{85}
     for (const char* p = regex; *p != '\0'; p++) {
@@ -196,19 +197,17 @@ static inline bool pattern_compile(Pattern* pattern, const char* regex, const ch
     const char* ambiguous = pattern_for_pcre2(regex, &translated);
     if (ambiguous != NULL) {
         free(translated.data);
-        return fail(
-            err, EXIT_BAD_DATA,
-            "%s: the split pattern '%.200s' has %s, which means one thing to Hugging Face tokenizers and "
-            "another to PCRE2; write it another way",
-            name, regex, ambiguous);
+        return fail(err, EXIT_BAD_DATA,
+                    "%s: the split pattern '%.200s' has %s, which Hugging Face tokenizers and PCRE2 read "
+                    "differently; write it another way",
+                    name, regex, ambiguous);
     }
     int error;
     PCRE2_SIZE offset;
     // MULTILINE: `^` and `$` are those of lines, as in Oniguruma
-    pattern->code =
-        pcre2_compile((PCRE2_SPTR)(translated.data != NULL ? translated.data : ""), translated.size,
-                      PCRE2_UTF | PCRE2_UCP | PCRE2_NO_UTF_CHECK | PCRE2_MULTILINE | PCRE2_NEVER_BACKSLASH_C,
-                      &error, &offset, NULL);
+    pattern->code = pcre2_compile(
+        (PCRE2_SPTR)(translated.data != NULL ? translated.data : ""), translated.size,
+        PCRE2_UTF | PCRE2_UCP | PCRE2_MULTILINE | PCRE2_NEVER_BACKSLASH_C, &error, &offset, NULL);
     free(translated.data);
     if (pattern->code == NULL) {
         PCRE2_UCHAR reason[128] = {0};
@@ -239,12 +238,11 @@ static inline size_t utf8_sequence(const uint8_t* p, const uint8_t* end) {
     if (c < 0x80) return 1;
     size_t n = c >= 0xC2 && c <= 0xDF ? 2 : c >= 0xE0 && c <= 0xEF ? 3 : c >= 0xF0 && c <= 0xF4 ? 4 : 0;
     if (n == 0 || (size_t)(end - p) < n) return 0;
-    uint8_t low = c == 0xE0   ? 0xA0
-                  : c == 0xF0 ? 0x90
-                              : 0x80,
-            high = c == 0xED   ? 0x9F
-                   : c == 0xF4 ? 0x8F
-                               : 0xBF;
+    uint8_t low = 0x80, high = 0xBF;
+    if (c == 0xE0) low = 0xA0;  // below: two bytes would do
+    if (c == 0xED) high = 0x9F; // above: surrogates
+    if (c == 0xF0) low = 0x90;  // below: three bytes would do
+    if (c == 0xF4) high = 0x8F; // above: more than U+10FFFF
     if (p[1] < low || p[1] > high) return 0;
     for (size_t i = 2; i < n; i++)
         if ((p[i] & 0xC0) != 0x80) return 0;
@@ -275,8 +273,8 @@ typedef struct {
     pcre2_match_data* match;
     pcre2_match_context* context;
     pcre2_jit_stack* stack;
-    const uint8_t *at, *stretch, *stretch_end,
-        *end; // next piece; the UTF-8 stretch it lies in; the document's end
+    const uint8_t *at, *end;              // the next piece; the document's end
+    const uint8_t *stretch, *stretch_end; // the UTF-8 stretch that `at` lies in
 } Splitter;
 
 static inline void splitter_init(Splitter* s, const Pattern* pattern) {
@@ -302,18 +300,17 @@ static inline void splitter_start(Splitter* s, const char* text, size_t size) {
     s->stretch_end = utf8_skip(s->at, s->end);
 }
 
-// The piece at s->at by PCRE2: what it matches there, or what lies in front of the next match.
+// The piece at s->at by PCRE2: what it matches there, or what lies in front of the next match. A foreign
+// regex may need more backtracking than the engine grants, which ends the program; the named ones never do.
 static inline size_t splitter_match(Splitter* s) {
     size_t at = (size_t)(s->at - s->stretch), size = (size_t)(s->stretch_end - s->stretch);
     int rc = pcre2_match(s->pattern->code, s->stretch, size, at, PCRE2_NO_UTF_CHECK, s->match, s->context);
     if (rc == PCRE2_ERROR_NOMATCH) return size - at;
     if (rc < 0) {
         Error err = {0, {0}};
-        fail(
-            &err, EXIT_BAD_DATA,
-            "the split pattern '%.200s' needs more steps or memory than the regex engine grants (PCRE2 error %d); "
-            "it backtracks too much for this text",
-            s->pattern->regex, rc);
+        fail(&err, EXIT_BAD_DATA,
+             "the split pattern '%.200s' backtracks too much on this text: PCRE2 gave up with error %d",
+             s->pattern->regex, rc);
         exit_with(&err);
     }
     const PCRE2_SIZE* found = pcre2_get_ovector_pointer(s->match);

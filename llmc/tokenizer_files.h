@@ -1,16 +1,17 @@
-// Tokenizer files by path: tokenizer.json (tokenizer_json.h), tiktoken rank files (Llama 3's tokenizer.model is one)
-// and GPT-2's vocab.bpe + encoder.json (Hugging Face's merges.txt + vocab.json).
+// Tokenizer files by path: tokenizer.json (tokenizer_json.h), tiktoken rank files (Llama 3's tokenizer.model
+// is one) and GPT-2's vocab.bpe + encoder.json (Hugging Face's merges.txt + vocab.json).
 //
 // Sources: tiktoken 0.14 (load.py, openai_public.py), the GPT-2 release (encoder.py), llama3/tokenizer.py.
 #pragma once
-#include "llmc/tokenizer.h" // defines: Tokenizer, tokenizer_*, merge_piece
-#include "llmc/tokenizer_json.h" // defines: ByteAlphabet, json_parse, add_vocab, add_merge_line, tokenizer_parse_json
+#include "llmc/tokenizer.h"      // defines: Tokenizer, tokenizer_*, merge_piece
+#include "llmc/tokenizer_json.h" // defines: ByteAlphabet, json_parse, add_vocab, add_merge_line
 #include "llmc/utils.h"          // defines: Error, fail, String, read_file, path_join
 
 static const size_t MAX_TOKENIZER_FILE = 256u << 20;
 
 // ----------------------------------------------------------------------------
-// GPT-2: vocab.bpe, a line "#version: 0.2" and one "left right" for each merge; encoder.json, {"token": id, ...}
+// GPT-2: vocab.bpe, a line "#version: 0.2" and one "left right" for each merge; encoder.json, {"token": id,
+// ...}
 
 // A token of several bytes that no merge makes is special: `<|endoftext|>`.
 static inline void mark_specials(Tokenizer* t) {
@@ -55,7 +56,7 @@ static inline bool tokenizer_parse_gpt2(Tokenizer* t, const char* merges, size_t
 }
 
 // ----------------------------------------------------------------------------
-// tiktoken: a line "BASE64 RANK" for each token; the rank is the id and the priority of the merge that makes it
+// tiktoken: a line "BASE64 RANK" for each token; the rank is its id and that of the merge that makes it
 
 // A rank file names neither pattern nor specials: they are known by its number of ranks.
 typedef struct {
@@ -126,11 +127,10 @@ static inline bool tiktoken_add_tokens(Tokenizer* t, const char* lines, size_t s
         if (ok)
             ok = tokenizer_add(t, rank, TOKEN_ORDINARY, bytes.data, bytes.size, name, err);
         else if (stop > p)
-            fail(
-                err, EXIT_BAD_DATA,
-                "%s, line %d is no line of a tiktoken rank file (base64, a space, a number), and the file is no "
-                "tokenizer.json and no vocab.bpe with a #version line either",
-                name, line);
+            fail(err, EXIT_BAD_DATA,
+                 "%s, line %d is no line of a tiktoken rank file (base64, a space, a number); the file does "
+                 "not begin like a tokenizer.json or a vocab.bpe (#version) either",
+                 name, line);
         else
             ok = true; // an empty line
         p = newline != NULL ? stop + 1 : stop;
@@ -139,8 +139,8 @@ static inline bool tiktoken_add_tokens(Tokenizer* t, const char* lines, size_t s
     return ok;
 }
 
-// The merge that makes a token is what its bytes come to under all merges of lower rank: two parts. Where these
-// are more, no merge makes it and it can only be a whole piece (ignore_merges).
+// The merge that makes a token is what its bytes come to under all merges of lower rank: two parts. Where
+// these are more, no merge makes it and it can only be a whole piece (ignore_merges).
 static inline void tiktoken_add_merges(Tokenizer* t) {
     MergeScratch scratch;
     memset(&scratch, 0, sizeof scratch);
@@ -152,8 +152,8 @@ static inline void tiktoken_add_merges(Tokenizer* t) {
     merge_scratch_free(&scratch);
 }
 
-// A rank file. pattern: a name of named_patterns, and the file has no specials; or NULL, and both are those of
-// the known file with this number of ranks.
+// A rank file. pattern: a name of named_patterns, and the file has no specials; or NULL, and both are those
+// of the known file with this number of ranks.
 static inline bool tokenizer_parse_tiktoken(Tokenizer* t, const char* bytes, size_t size, const char* pattern,
                                             const char* name, Error* err) {
     tokenizer_init(t);
@@ -164,19 +164,20 @@ static inline bool tokenizer_parse_tiktoken(Tokenizer* t, const char* bytes, siz
         if (rank_files[i].ranks == known) pattern = rank_files[i].pattern;
     const NamedPattern* named = pattern != NULL ? pattern_by_name(pattern) : NULL;
     if (ok && named == NULL)
-        ok = fail(
-            err, EXIT_BAD_DATA,
-            "%s has %u ranks, which is none of the known rank files (50256 GPT-2, 100256 cl100k, 128000 Llama "
-            "3, 151643 Qwen): its split pattern is not known; convert it to a tokenizer.json",
-            name, ranks);
+        ok = fail(err, EXIT_BAD_DATA,
+                  "%s has %u ranks, as no known rank file has (50256 GPT-2, 100256 cl100k, 128000 Llama 3, "
+                  "151643 Qwen), so its split pattern is not known; convert it to a tokenizer.json",
+                  name, ranks);
     for (size_t i = 0; i < sizeof rank_file_specials / sizeof rank_file_specials[0]; i++) {
         const RankFileSpecial* s = &rank_file_specials[i];
         if (ok && s->ranks == known)
             ok = tokenizer_add(t, s->id, TOKEN_SPECIAL, s->text, strlen(s->text), name, err);
     }
     ok = ok && tokenizer_finish(t, named->regex, name, err);
-    if (ok) tiktoken_add_merges(t);
-    if (!ok) tokenizer_free(t);
+    if (ok)
+        tiktoken_add_merges(t);
+    else
+        tokenizer_free(t);
     return ok;
 }
 
@@ -199,8 +200,8 @@ static inline bool load_gpt2(Tokenizer* t, const char* path, const char* merges,
     return ok;
 }
 
-// Loads a tokenizer file (of which format, its first bytes say) or the one in a directory. Fills t, to be freed
-// with tokenizer_free, or fails with a sentence that names the file.
+// Loads a tokenizer file (of which format, its first bytes say) or the one in a directory. Fills t, to be
+// freed with tokenizer_free, or fails with a sentence that names the file.
 static inline bool tokenizer_load(Tokenizer* t, const char* path, Error* err) {
     static const char* const names[] = {"tokenizer.json", "vocab.bpe", "merges.txt", "tokenizer.model"};
     char inside[PATH_MAX];
@@ -221,10 +222,13 @@ static inline bool tokenizer_load(Tokenizer* t, const char* path, Error* err) {
     if (bytes == NULL) return false;
     size_t first = 0;
     while (first < size && is_space((uint8_t)bytes[first])) first++;
-    bool ok = first < size && bytes[first] == '{' ? tokenizer_parse_json(t, bytes, size, path, err)
-              : strncmp(bytes, "#version", 8) == 0
-                  ? load_gpt2(t, path, bytes, size, err)
-                  : tokenizer_parse_tiktoken(t, bytes, size, NULL, path, err);
+    bool ok;
+    if (bytes[first] == '{')
+        ok = tokenizer_parse_json(t, bytes, size, path, err);
+    else if (strncmp(bytes, "#version", 8) == 0)
+        ok = load_gpt2(t, path, bytes, size, err);
+    else
+        ok = tokenizer_parse_tiktoken(t, bytes, size, NULL, path, err);
     free(bytes);
     return ok;
 }

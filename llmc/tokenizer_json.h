@@ -1,8 +1,9 @@
 // Hugging Face's tokenizer.json, read and written.
 //
-// What a file asks for and this program does not do (a normalizer, byte fallback, another model than BPE, ...)
-// is an error, never ignored: it would change the ids. Ignored is what only concerns the text of special tokens
-// and calls with several texts: post_processor, decoder, truncation, padding, the flags of added_tokens.
+// What a file asks for and this program does not do (a normalizer, byte fallback, another model than BPE,
+// ...) is an error, never ignored: it would change the ids. Ignored is what only concerns the text of
+// special tokens and calls with several texts: post_processor, decoder, truncation, padding, the flags of
+// added_tokens.
 //
 // Source: tokenizers 0.23 (models/bpe, pre_tokenizers/byte_level, added_vocabulary).
 #pragma once
@@ -11,9 +12,9 @@
 #include "llmc/utils.h"     // defines: Error, fail, String, string_append, write_all
 
 // ----------------------------------------------------------------------------
-// the byte alphabet: JSON holds text, tokens are bytes, so GPT-2 gave each byte a printable character. Bytes that
-// are printable in Latin-1 stand for themselves, the others in order for U+0100, U+0101, ... (a space is 'G' with
-// a dot above, U+0120).
+// the byte alphabet: JSON holds text, tokens are bytes, so GPT-2 gave each byte a printable character. Bytes
+// that are printable in Latin-1 stand for themselves, the others in order for U+0100, U+0101, ... (a space
+// is 'G' with a dot above, U+0120).
 
 typedef struct {
     uint16_t character[256]; // byte -> code point
@@ -141,10 +142,10 @@ static inline bool add_merge_line(Tokenizer* t, const ByteAlphabet* a, const cha
 //
 //   { "added_tokens": [{"id": 50256, "content": "<|endoftext|>", ...}, ...],
 //     "normalizer": null,
-//     "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "use_regex": true}       (GPT-2's pattern)
+//     "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "use_regex": true}  (GPT-2's)
 //                   or {"type": "Sequence", "pretokenizers": [
-//                         {"type": "Split", "pattern": {"Regex": "..."}, "behavior": "Isolated", "invert": false},
-//                         {"type": "ByteLevel", "add_prefix_space": false, "use_regex": false}]},
+//                     {"type": "Split", "pattern": {"Regex": "..."}, "behavior": "Isolated", ...},
+//                     {"type": "ByteLevel", "add_prefix_space": false, "use_regex": false}]},
 //     "model": {"type": "BPE", "vocab": {"!": 0, ...}, "merges": ["a b", ...] or [["a", "b"], ...],
 //               "ignore_merges": false, ...} }
 
@@ -252,8 +253,8 @@ static inline bool json_build(Tokenizer* t, const cJSON* root, const char* name,
     if (regex == NULL)
         return fail(
             err, EXIT_BAD_DATA,
-            "%s: the pre_tokenizer must be ByteLevel without a prefix space, or a Sequence of one Split by a "
-            "Regex (Isolated, not inverted) and such a ByteLevel with \"use_regex\": false",
+            "%s: the pre_tokenizer must be ByteLevel without a prefix space, or a Sequence of a Split by "
+            "Regex (Isolated, not inverted) and ByteLevel with \"use_regex\": false",
             name);
     const cJSON* merges = cJSON_GetObjectItemCaseSensitive(model, "merges");
     const cJSON* vocab = cJSON_GetObjectItemCaseSensitive(model, "vocab");
@@ -344,7 +345,7 @@ static inline void append_pre_tokenizer(const Tokenizer* t, String* out) {
 
 // Appends the vocabulary by id, specials included (Hugging Face takes their ids from there), then the merges.
 static inline void append_vocab_and_merges(const Tokenizer* t, const ByteAlphabet* a, String* out) {
-    String text = {NULL, 0, 0};
+    String text = {NULL, 0, 0}, pair = {NULL, 0, 0};
     const char* comma = "";
     for (uint32_t id = 0; id < t->vocab_size; id++) {
         if (t->tokens[id].kind == TOKEN_HOLE) continue;
@@ -356,15 +357,13 @@ static inline void append_vocab_and_merges(const Tokenizer* t, const ByteAlphabe
     }
     string_append(out, "\n    },\n    \"merges\": [");
     for (uint32_t rank = 0; rank < t->num_merges; rank++) {
-        string_append(out, "%s\n      ", rank == 0 ? "" : ",");
-        String pair = {NULL, 0, 0};
-        token_spelling(t, a, t->merges[rank].left, &text);
-        string_append(&pair, "%s ", text.data);
+        token_spelling(t, a, t->merges[rank].left, &pair);
         token_spelling(t, a, t->merges[rank].right, &text);
-        string_append_bytes(&pair, text.data, text.size);
+        string_append(&pair, " %s", text.data);
+        string_append(out, "%s\n      ", rank == 0 ? "" : ",");
         append_json_string(out, pair.data, pair.size);
-        free(pair.data);
     }
+    free(pair.data);
     free(text.data);
 }
 
@@ -391,8 +390,8 @@ static inline void tokenizer_to_json(const Tokenizer* t, String* out) {
     string_append(out, "\n    ]\n  }\n}\n");
 }
 
-// A special token that the vocabulary would spell like an ordinary one, or that no JSON can hold, has no place in
-// a tokenizer.json.
+// A special token that the vocabulary would spell like an ordinary one, or that no JSON can hold, has no
+// place in a tokenizer.json.
 static inline bool check_specials(const Tokenizer* t, Error* err) {
     ByteAlphabet alphabet;
     byte_alphabet_init(&alphabet);

@@ -84,11 +84,11 @@ else
 fi
 
 # What the directory was made from; another text needs another directory.
-if [ -e "$dir/source" ] && [ "$(cat "$dir/source")" != "$input" ]; then
+mkdir -p "$dir"
+[ -e "$dir/source" ] || echo "$input" >"$dir/source"
+if [ "$(cat "$dir/source")" != "$input" ]; then
     give_up 64 "$dir was made from $(cat "$dir/source"), not from $input: remove it or add DIR=/another/place"
 fi
-mkdir -p "$dir"
-echo "$input" >"$dir/source"
 
 # ----------------------------------------------------------------------------
 # tokenizer and shards
@@ -113,7 +113,7 @@ run=$dir/run
 if [ ! -e "$run/done" ] || [ configs/quickstart.json -nt "$run/done" ]; then
     say "training (Ctrl-C saves and stops; the same command goes on)"
     ./train_gpt_cpu configs/quickstart.json "data.train=$dir/data/train_*.bin" \
-        "data.validation=$dir/data/val_*.bin" "data.tokenizer=$dir/tokenizer.json" "log.run_dir=$run" \
+        "data.validation=$dir/data/val_*.bin" "data.tokenizer=$dir/data/tokenizer.json" "log.run_dir=$run" \
         model.vocab_size=$vocab_size "${overrides[@]}"
     touch "$run/done"
     rm -f "$dir/sample.txt"

@@ -8,7 +8,17 @@
 #include "llmc/optimizer_cpu.h" // defines: adamw_update, global_norm_squared
 #include "llmc/rand.h"          // defines: random_uniform, RANDOM_SAMPLE
 
-enum { L = 12, C = 768, NH = 12, HS = 64, FF = 3072, V = 50257, Vp = 50304, PARAMETERS = 124475904, CHUNK = 256 };
+enum {
+    L = 12,
+    C = 768,
+    NH = 12,
+    HS = 64,
+    FF = 3072,
+    V = 50257,
+    Vp = 50304,
+    PARAMETERS = 124475904,
+    CHUNK = 256
+};
 enum { REPEATS = 5, ADAMW_PART = PARAMETERS / 4 };
 static const double SECONDS = 0.2; // for each line, at least
 enum Ceiling { COMPUTE, COMPUTE_BF16, MEMORY };
@@ -125,11 +135,13 @@ static void run_attention_forward(Bench* s) {
     attention_forward(s->out, s->mean, s->attention_scratch, s->inp, NULL, s->B, s->T, NH, NH, HS);
 }
 static void run_attention_backward(Bench* s) {
-    attention_backward(s->dinp, s->attention_scratch, s->dout, s->inp, s->out, s->mean, NULL, s->B, s->T, NH, NH,
-                       HS);
+    attention_backward(s->dinp, s->attention_scratch, s->dout, s->inp, s->out, s->mean, NULL, s->B, s->T, NH,
+                       NH, HS);
 }
 static void run_gelu_forward(Bench* s) { activation_forward(s->out, s->inp, s->N, FF, ACTIVATION_GELU_TANH); }
-static void run_gelu_backward(Bench* s) { activation_backward(s->dinp, s->dout, s->inp, s->N, FF, ACTIVATION_GELU_TANH); }
+static void run_gelu_backward(Bench* s) {
+    activation_backward(s->dinp, s->dout, s->inp, s->N, FF, ACTIVATION_GELU_TANH);
+}
 static void run_classifier(Bench* s) {
     classifier(s->losses, s->out, s->targets, (real)0.1, CHUNK, V, Vp, true);
 }
@@ -138,27 +150,27 @@ static void run_adamw(Bench* s) {
 }
 static void run_norm_squared(Bench* s) { fma_sink = (real)global_norm_squared(s->grads, ADAMW_PART); }
 
-#define MATMUL_CASES(SUFFIX)                                                                                       \
-    static void run_mlp_up_##SUFFIX(Bench* s) {                                                                    \
-        matmul_forward(s->out, s->inp, s->weight, s->bias, s->N, C, FF, &s->SUFFIX);                               \
-    }                                                                                                              \
-    static void run_mlp_up_backward_##SUFFIX(Bench* s) {                                                           \
-        matmul_backward(s->dinp, s->dweight, s->dbias, s->dout, s->inp, s->weight, s->N, C, FF, &s->SUFFIX);       \
-    }                                                                                                              \
-    static void run_mlp_down_##SUFFIX(Bench* s) {                                                                  \
-        matmul_forward(s->out, s->inp, s->weight, s->bias, s->N, FF, C, &s->SUFFIX);                               \
-    }                                                                                                              \
-    static void run_mlp_down_backward_##SUFFIX(Bench* s) {                                                         \
-        matmul_backward(s->dinp, s->dweight, s->dbias, s->dout, s->inp, s->weight, s->N, FF, C, &s->SUFFIX);       \
-    }                                                                                                              \
-    static void run_head_##SUFFIX(Bench* s) {                                                                      \
-        matmul_forward(s->out, s->inp, s->weight, NULL, CHUNK, C, Vp, &s->SUFFIX);                                 \
-    }                                                                                                              \
-    static void run_head_backward_##SUFFIX(Bench* s) {                                                             \
-        matmul_backward(s->dinp, s->dweight, NULL, s->dout, s->inp, s->weight, CHUNK, C, Vp, &s->SUFFIX);          \
-    }                                                                                                              \
-    static void run_decode_##SUFFIX(Bench* s) {                                                                    \
-        matmul_forward(s->out, s->inp, s->weight, NULL, 1, C, FF, &s->SUFFIX);                                     \
+#define MATMUL_CASES(SUFFIX)                                                                                 \
+    static void run_mlp_up_##SUFFIX(Bench* s) {                                                              \
+        matmul_forward(s->out, s->inp, s->weight, s->bias, s->N, C, FF, &s->SUFFIX);                         \
+    }                                                                                                        \
+    static void run_mlp_up_backward_##SUFFIX(Bench* s) {                                                     \
+        matmul_backward(s->dinp, s->dweight, s->dbias, s->dout, s->inp, s->weight, s->N, C, FF, &s->SUFFIX); \
+    }                                                                                                        \
+    static void run_mlp_down_##SUFFIX(Bench* s) {                                                            \
+        matmul_forward(s->out, s->inp, s->weight, s->bias, s->N, FF, C, &s->SUFFIX);                         \
+    }                                                                                                        \
+    static void run_mlp_down_backward_##SUFFIX(Bench* s) {                                                   \
+        matmul_backward(s->dinp, s->dweight, s->dbias, s->dout, s->inp, s->weight, s->N, FF, C, &s->SUFFIX); \
+    }                                                                                                        \
+    static void run_head_##SUFFIX(Bench* s) {                                                                \
+        matmul_forward(s->out, s->inp, s->weight, NULL, CHUNK, C, Vp, &s->SUFFIX);                           \
+    }                                                                                                        \
+    static void run_head_backward_##SUFFIX(Bench* s) {                                                       \
+        matmul_backward(s->dinp, s->dweight, NULL, s->dout, s->inp, s->weight, CHUNK, C, Vp, &s->SUFFIX);    \
+    }                                                                                                        \
+    static void run_decode_##SUFFIX(Bench* s) {                                                              \
+        matmul_forward(s->out, s->inp, s->weight, NULL, 1, C, FF, &s->SUFFIX);                               \
     }
 MATMUL_CASES(fp32)
 MATMUL_CASES(bf16)
@@ -167,17 +179,18 @@ MATMUL_CASES(plain)
 typedef struct {
     const char* name;
     void (*run)(Bench*);
-    int ceiling;      // a Ceiling
-    double work;      // floating-point operations or bytes of one call
-    double per_step;  // calls in a training step
+    int ceiling;     // a Ceiling
+    double work;     // floating-point operations or bytes of one call
+    double per_step; // calls in a training step
 } Case;
 
 int main(int argc, char** argv) {
     static Bench s;
-    bench_setup(&s, argc > 2 ? (int)strtol(argv[1], NULL, 10) : 4, argc > 2 ? (int)strtol(argv[2], NULL, 10) : 256);
+    bench_setup(&s, argc > 2 ? (int)strtol(argv[1], NULL, 10) : 4,
+                argc > 2 ? (int)strtol(argv[2], NULL, 10) : 256);
     double N = s.N, T = s.T, chunks = N / CHUNK, mlp = 2.0 * N * C * FF, head = 2.0 * CHUNK * C * Vp;
     double scores = (double)s.B * NH * T * (T + 1) / 2 * HS * 2; // one of attention's products, causal
-    double bytes = sizeof(real), matrices = 12.0 * C * C / (4.0 * C * FF) * L / 2; // qkv and o in units of one mlp
+    double bytes = sizeof(real);
     double peak = peak_gflops(&s), stream = 3 * bytes * ADAMW_PART / best_seconds(run_stream, &s) / 1e9;
     printf("B %d, T %d, %d threads. Ceilings: %.0f GFLOP/s fp32 in registers, %.0f GB/s stream\n", s.B, s.T,
            omp_get_max_threads(), peak, stream);
@@ -216,14 +229,14 @@ int main(int argc, char** argv) {
         {"head backward, 256 rows, plain C", run_head_backward_plain, COMPUTE, 2 * head, 0},
         {"one row, 768 x 3072, plain C", run_decode_plain, MEMORY, bytes * C * FF, 0},
     };
-    (void)matrices;
     double step = 0;
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         const Case* c = &cases[i];
         double seconds = best_seconds(c->run, &s), rate = c->work / seconds / 1e9;
         double ceiling = c->ceiling == MEMORY ? stream : c->ceiling == COMPUTE ? peak : 2 * peak;
-        printf("%-34s %9.3f ms %8.1f %-8s %4.0f %% of the ceiling, %7.2f ms a step\n", c->name, 1e3 * seconds, rate,
-               c->ceiling == MEMORY ? "GB/s" : "GFLOP/s", 100 * rate / ceiling, 1e3 * seconds * c->per_step);
+        printf("%-34s %9.3f ms %8.1f %-8s %4.0f %% of the ceiling, %7.2f ms a step\n", c->name, 1e3 * seconds,
+               rate, c->ceiling == MEMORY ? "GB/s" : "GFLOP/s", 100 * rate / ceiling,
+               1e3 * seconds * c->per_step);
         step += seconds * c->per_step;
     }
     printf("everything but matmul: %.1f ms a step of %d tokens\n", 1e3 * step, s.N);

@@ -1,9 +1,10 @@
 // How fast is the tokenizer: splitting, encoding, training?
-// usage: bench_tokenizer [TEXT]      default ../shared/data/text/tinyshakespeare.txt; a text of 30 MB or more trains
-//                                    32,000 tokens, a smaller one 8,192; OMP_NUM_THREADS threads count pieces
+// usage: bench_tokenizer [TEXT]      default ../shared/data/text/tinyshakespeare.txt
 //
-// The baseline of each row is PCRE2 (JIT) cutting the same text with the same pattern on one core in the same run:
-// the speed that no tokenizer which splits by regex can exceed. Best of several rounds.
+// A text of 30 MB or more trains 32,000 tokens, a smaller one 8,192. OMP_NUM_THREADS threads count pieces.
+//
+// The baseline of each row is PCRE2 (JIT) cutting the same text with the same pattern on one core in the
+// same run: the speed that no tokenizer which splits by regex can exceed. Best of several rounds.
 #include "dev/data/bpe_train.h" // defines: PieceCounter, piece_counter_*, bpe_train
 #include "llmc/tokenizer.h"     // defines: Tokenizer, Encoder, encode
 #include <omp.h>

@@ -1,18 +1,18 @@
-// Trains a byte-level BPE vocabulary: count the pieces of a text, then merge the most frequent pair of adjacent
-// tokens until the vocabulary is full.
+// Trains a byte-level BPE vocabulary: count the pieces of a text, then merge the most frequent pair of
+// adjacent tokens until the vocabulary is full.
 //
-// Each thread counts into a PieceCounter of its own; piece_counter_merge adds them up. The result depends on the
-// counts alone (ties between pairs go to the lower left id, then the lower right id), so that it is the same for
-// any number of threads and any order of documents.
+// Each thread counts into a PieceCounter of its own; piece_counter_merge adds them up. The result depends on
+// the counts alone (ties between pairs go to the lower left id, then the lower right id), so that it is the
+// same for any number of threads and any order of documents.
 //
 // Ids: the 256 bytes in their order, the merges in theirs, the special tokens last.
-// Limit: a piece longer than 256 bytes (base64, padding, text without spaces) is counted in parts of 256: no token
-// worth having spans them, and one piece of a megabyte would be walked again for each of its merges.
+// Limit: a piece longer than 256 bytes (base64, padding, text without spaces) is counted in parts of 256: no
+// token worth having spans them, and one piece of a megabyte would be walked again for each of its merges.
 //
 // Sources: Sennrich et al. 2016, algorithm 1; lazily updated heap as in Hugging Face tokenizers and rustbpe.
 #pragma once
 #include <xxhash.h>           // defines: XXH3_64bits
-#include "llmc/pretokenize.h" // defines: Pattern, NamedPattern, pattern_*, named_patterns, Splitter, splitter_*
+#include "llmc/pretokenize.h" // defines: Pattern, pattern_*, named_patterns, Splitter, splitter_*
 #include "llmc/tokenizer.h"   // defines: Tokenizer, tokenizer_*, TOKEN_*
 #include "llmc/utils.h"       // defines: Error, fail, CHECK, String, malloc_check, realloc_check
 
@@ -104,7 +104,7 @@ static inline void piece_counter_add_document(PieceCounter* c, const char* text,
     size_t n;
     splitter_start(&c->splitter, text, size);
     while ((n = splitter_next(&c->splitter, &piece)) != 0)
-        for (; n > 0;) {
+        while (n > 0) {
             uint32_t part = n < MAX_COUNTED_PIECE ? (uint32_t)n : MAX_COUNTED_PIECE;
             piece_counter_add(c, piece, part, 1);
             piece += part, n -= part;
@@ -124,12 +124,13 @@ static inline void piece_counter_merge(PieceCounter* into, const PieceCounter* f
 // A distinct piece, as the tokens it consists of so far.
 typedef struct {
     uint64_t count;
-    uint64_t offset; // of its tokens in Trainer.tokens
+    uint64_t offset; // of its tokens in BpeTrainer.tokens
     uint32_t size;
 } Word;
 
-// Two adjacent tokens: how often, and the words that have or had them. A pair only gains words while the later of
-// its two tokens is being made, word after word, so that the list is in order and has no word twice.
+// Two adjacent tokens: how often, and the words that have or had them. A pair only gains words while the
+// later of its two tokens is being made, word after word, so that the list is in order and has no word
+// twice.
 typedef struct {
     uint64_t key; // left << 32 | right
     uint64_t count;
@@ -278,8 +279,8 @@ static inline bool best_pair(BpeTrainer* b, uint64_t* key) {
     return false;
 }
 
-// Replaces left, right by id wherever they stand side by side in a word, from left to right, and keeps the counts
-// of the pairs around them.
+// Replaces left, right by id wherever they stand side by side in a word, from left to right, and keeps the
+// counts of the pairs around them.
 static inline void merge_in_word(BpeTrainer* b, uint32_t w, uint32_t left, uint32_t right, uint32_t id) {
     Word* word = &b->words[w];
     uint32_t* tokens = b->tokens + word->offset;
@@ -344,9 +345,9 @@ static inline bool bpe_learn(Tokenizer* t, BpeTrainer* b, uint32_t num_ordinary,
     return ok;
 }
 
-// Trains a vocabulary of vocab_size tokens, the special ones (given as text) included, on what was counted, with
-// the counter's split pattern. Fills t (free with tokenizer_free); fails if the size is out of range, the text has
-// too few different pairs or a special token is given twice.
+// Trains a vocabulary of vocab_size tokens, the special ones (given as text) included, on what was counted,
+// with the counter's split pattern. Fills t (free with tokenizer_free); fails if the size is out of range,
+// the text has too few different pairs or a special token is given twice.
 static inline bool bpe_train(Tokenizer* t, const PieceCounter* counts, uint32_t vocab_size,
                              const char* const* specials, int num_specials, Error* err) {
     memset(t, 0, sizeof *t);

@@ -82,10 +82,9 @@ static inline bool json_string(JsonLine* json, String* out) {
         const char* span = json->at;
         while (json->at < json->end && *json->at != '"' && *json->at != '\\') json->at++;
         string_append_bytes(out, span, (size_t)(json->at - span));
-        if (json->end - json->at < 2) break; // a backslash cannot be last
+        if (json->at < json->end && *json->at++ == '"') return true;
+        if (json->at == json->end) break;
         char c = *json->at++;
-        if (c == '"') return true;
-        c = *json->at++;
         const char* escape = c != '\0' ? strchr(escapes, c) : NULL;
         if (escape != NULL)
             string_append_bytes(out, &values[escape - escapes], 1);

@@ -6,7 +6,7 @@
 //   anything else    a tiktoken rank file
 //
 // What is accepted must encode and decode, and its tokenizer.json must read back as the same tokenizer.
-#include "llmc/tokenizer_files.h" // defines: tokenizer_parse_*, tokenizer_to_json, check_specials, Encoder, encode
+#include "llmc/tokenizer_files.h" // defines: tokenizer_parse_*, tokenizer_to_json, Encoder, encode
 
 static void split_text(const char* text, size_t size) {
     for (int i = 0; i < NUM_NAMED_PATTERNS; i++) {

@@ -79,7 +79,7 @@ check "text of the config is escaped" report_has "&lt;shards&gt;"
 cp -r "$work/run" "$work/other"
 check "two runs in one report" scripts/report "$work/run" "$work/other" -o "$work/both.html"
 check "which is well-formed" is_well_formed "$work/both.html"
-check "and names both" grep -qF '>other</span>' "$work/both.html"
+check "and names both" grep -qF '/other</span>' "$work/both.html"
 
 mkdir "$work/empty" && : >"$work/empty/log.jsonl"
 check "a run that has not logged anything yet" scripts/report "$work/empty"

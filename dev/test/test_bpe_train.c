@@ -1,5 +1,5 @@
-// Training: held against the definition (count all pairs of the whole text anew for each merge) on texts full of
-// ties, and against itself for any number of threads.
+// Training: held against the definition (count all pairs of the whole text anew for each merge) on texts full
+// of ties, and against itself for any number of threads.
 #include "dev/data/bpe_train.h" // defines: PieceCounter, piece_counter_*, bpe_train
 #include "llmc/rand.h"          // defines: random_bits
 #include "llmc/tokenizer.h"     // defines: Tokenizer, tokenizer_*, merge_piece

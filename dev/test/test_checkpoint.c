@@ -175,9 +175,9 @@ static void test_same_step_again(void** state) {
     (void)state;
     Error err;
     save(&saved[0], 20, 5, 0); // other weights than step 20 had
+    assert_false(exists("step_00000020.tmp"));
     assert_int_equal(load(&err), 20);
     assert_true(weights_equal(&loaded, &saved[0]));
-    assert_false(exists("step_00000020.tmp"));
 }
 
 static void test_retention(void** state) {

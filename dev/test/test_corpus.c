@@ -45,7 +45,8 @@ static void test_json_fields(void** state) {
         {"{text:\"x\"}", NULL, "a string was expected"},
         {"{\"text\":\"x\",}", NULL, "a string was expected"},
         {"{\"a\":,\"text\":\"x\"}", NULL, "a value was expected"},
-        {"{\"a\":[1,2,\"text\":\"x\"}", NULL, "a value that does not end"},
+        {"{\"a\":[1,2", NULL, "a value that does not end"},
+        {"{\"a\":[1,2,\"text\":\"x\"}", NULL, "no ',' or '}'"},
     };
     String out = {0}, scratch = {0};
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
@@ -449,7 +450,7 @@ static void test_convert_megatron(void** state) {
     assert_true(megatron_index_parse(&index, &file, sizeof file, sizeof negative, "x.idx", &err));
     assert_true(shard_writer_open(&w, temp_path("megatron.bin"), 4, 0, -1, NULL, &err));
     assert_false(convert_megatron(&w, &index, negative, -1, &err));
-    assert_non_null(strstr(err.text, "token 3 for"));
+    assert_non_null(strstr(err.text, "token 4 for"));
     assert_non_null(strstr(err.text, "is -1, which no vocabulary has"));
     shard_writer_free(&w);
 }
@@ -465,7 +466,7 @@ static void test_megatron_index_lies(void** state) {
         {offsetof(MegatronFile, magic), 'm', 1, "not a Megatron index"},
         {offsetof(MegatronFile, version), 2, 8, "not a Megatron index"},
         {offsetof(MegatronFile, code), 6, 1, "type code 6"},
-        {offsetof(MegatronFile, code), 5, 1, "sequence 1 of 1 tokens"}, // 8-byte tokens do not fit
+        {offsetof(MegatronFile, code), 5, 1, "sequence 2 of 3 tokens does not lie"}, // 8 bytes each
         {offsetof(MegatronFile, num_sequences), 4, 8, "does not fit its 4 sequences"},
         {offsetof(MegatronFile, num_sequences), UINT64_MAX / 12, 8, "does not fit"},
         {offsetof(MegatronFile, num_sequences), UINT64_MAX, 8, "does not fit"},

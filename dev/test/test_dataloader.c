@@ -267,12 +267,14 @@ static void test_rows_past_2_gib(void** state) {
     assert_int_equal(row[T], 0);
     dataloader_close(&loader);
 
-    write_sparse_shard(path, 4, n); // 6 GB: row offsets beyond 32 bits
-    const uint32_t mark = 77;
-    patch_file(path, (off_t)(SHARD_HEADER_BYTES + 4 * (n - 1)), &mark, sizeof mark);
+    const uint64_t more = ((uint64_t)1 << 32) + 2 * T + 1; // 8 GB: token numbers beyond 32 bits
+    write_sparse_shard(path, 2, more);
+    patch_file(path, (off_t)(SHARD_HEADER_BYTES + 2 * (more - 1 - 2 * T)), marks, sizeof marks / 3 * 2);
     open_loader(&loader, &big, 1, 0, false);
-    read_row(&loader, loader.rows - 1, row);
-    assert_int_equal(row[T], 77);
+    for (uint64_t i = 0; i < 2; i++) {
+        read_row(&loader, loader.rows - 2 + i, row);
+        assert_int_equal(row[0], 100 + i * T);
+    }
     dataloader_close(&loader);
     unlink(path);
 }
@@ -384,6 +386,11 @@ static void test_what_shards_say(void** state) {
     assert_non_null(strstr(text, "data: 32 tokens in 2 source(s), 2 rows of 8"));
     assert_non_null(
         strstr(text, "two               50.00 % of rows, 1 shard(s), 16 tokens, 1 rows, 8 tokens left over"));
+    dataloader_close(&loader);
+    write_counting_shard(temp_path("w_3.bin"), 2, VOCAB, 0, 2 * T); // does not know its bytes of text
+    const DataSource third[3] = {sources[0], sources[1], source("three", "w_3.bin", 1)};
+    open_loader(&loader, third, 3, 0, true);
+    assert_int_equal(loader.source_bytes, 0);
     dataloader_close(&loader);
 }
 

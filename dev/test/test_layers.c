@@ -109,6 +109,35 @@ static void test_matmul_many_shapes(void** state) {
     free(scratch);
 }
 
+// One shape in every layout, so that nothing but the layout and the flags tells the primitives apart.
+static void test_gemm(void** state) {
+    (void)state;
+    enum { SIZE = 20, COUNT = SIZE * SIZE };
+    real *a = random_reals(COUNT, 1), *b = random_reals(COUNT, 1), *bias = random_reals(SIZE, 1);
+    real *start = random_reals(COUNT, 1), *plain = poisoned(COUNT);
+    wide *wide_a = widen(a, COUNT), *wide_b = widen(b, COUNT), *truth = (wide*)own(COUNT * sizeof(wide));
+    size_t bytes = matmul_scratch_bytes(MATMUL_FP32, SIZE, SIZE, SIZE);
+    void* scratch = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    assert_non_null(scratch);
+    Matmul mm;
+    matmul_init(&mm, MATMUL_FP32, scratch, bytes);
+    for (int which = 0; which < 12; which++) {
+        int a_t = which % 2, b_t = which / 2 % 2, kind = which / 4; // kind: plain, with a bias, accumulating
+        Operand x = {a, NULL, a_t}, y = {b, NULL, b_t};
+        real* out = kind == 2 ? copy_of(start, COUNT) : poisoned(COUNT);
+        gemm(out, x, y, kind == 1 ? bias : NULL, SIZE, SIZE, SIZE, kind == 2, &mm);
+        plain_product(plain, a, b, SIZE, SIZE, SIZE, a_t, b_t);
+        true_product(truth, wide_a, wide_b, SIZE, SIZE, SIZE, a_t, b_t);
+        for (int i = 0; i < COUNT; i++) {
+            real more = kind == 0 ? 0 : kind == 1 ? bias[i % SIZE] : start[i];
+            plain[i] += more, truth[i] += more;
+        }
+        assert_accurate("gemm", out, plain, truth, COUNT);
+    }
+    matmul_free(&mm);
+    free(scratch);
+}
+
 // matmul_keep: the products with a weight use the copy made then, until it is released; others do not.
 static void test_matmul_keep(void** state) {
     (void)state;
@@ -243,6 +272,7 @@ int main(void) {
         cmocka_unit_test_teardown(test_matmul_bf16, release_all),
         cmocka_unit_test_teardown(test_matmul_bf16_plain, release_all),
         cmocka_unit_test_teardown(test_matmul_many_shapes, release_all),
+        cmocka_unit_test_teardown(test_gemm, release_all),
         cmocka_unit_test_teardown(test_matmul_keep, release_all),
         cmocka_unit_test_teardown(test_threads, release_all),
     };

@@ -31,31 +31,33 @@ static double final_lr(void) {
     return run.optimizer.learning_rate * share;
 }
 
-// Every combination of a few sizes: peak, end and monotony.
+// Rising through the warm-up, falling or flat behind it, with its ends exact.
+static void check_shape(uint64_t steps, uint64_t warmup) {
+    const double rounding = 4 * DBL_EPSILON;
+    double peak = run.optimizer.learning_rate, before = 0;
+    assert_exactly(learning_rate(&run, warmup), peak);
+    assert_exactly(learning_rate(&run, steps - 1), final_lr());
+    assert_exactly(learning_rate(&run, steps + 12345), final_lr()); // a run told to go on
+    for (uint64_t s = 0; s < steps; s++) {
+        double lr = learning_rate(&run, s), least = s < warmup ? 0 : final_lr() * (1 - rounding);
+        bool turned = s <= warmup ? lr <= before : lr > before * (1 + rounding);
+        if (turned || lr < least || lr > peak * (1 + rounding))
+            fail_msg("type %d, %d steps: %.17g behind %.17g at step %d", run.schedule.type, (int)steps, lr,
+                     before, (int)s);
+        before = lr;
+    }
+}
+
 static void test_shape(void** state) {
     (void)state;
     const int sizes[][2] = {{100, 0}, {100, 1}, {100, 10}, {1000, 700},
-                            {7, 3},   {2, 0},   {3, 1},    {1000000, 2000}};
+                            {7, 3},   {2, 0},   {3, 1},    {20000, 2000}};
     const double shares[] = {0, 0.1, 0.3, 1};
     for (int t = 0; t < NUM_TYPES; t++)
         for (size_t i = 0; i < sizeof sizes / sizeof sizes[0]; i++)
             for (size_t j = 0; j < sizeof shares / sizeof shares[0]; j++) {
-                uint64_t steps = (uint64_t)sizes[i][0], warmup = (uint64_t)sizes[i][1];
-                set(types[t], (int)steps, (int)warmup, shares[j], 0.2);
-                double peak = run.optimizer.learning_rate, before = 0;
-                assert_true(learning_rate(&run, 0) > 0);
-                assert_exactly(learning_rate(&run, warmup), peak);
-                assert_exactly(learning_rate(&run, steps - 1), final_lr());
-                assert_exactly(learning_rate(&run, steps + 12345), final_lr()); // a run told to go on
-                for (uint64_t s = 0; s<steps; s += steps> 10000 ? 97 : 1) {
-                    double lr = learning_rate(&run, s);
-                    if (s <= warmup ? lr <= before : lr > before * (1 + 4 * DBL_EPSILON))
-                        fail_msg("type %d, %d steps: %.17g behind %.17g at step %d", types[t], (int)steps, lr,
-                                 before, (int)s);
-                    assert_true(lr <= peak * (1 + 4 * DBL_EPSILON) &&
-                                lr >= (s < warmup ? 0 : final_lr() * (1 - 1e-15)));
-                    before = lr;
-                }
+                set(types[t], sizes[i][0], sizes[i][1], shares[j], 0.2);
+                check_shape((uint64_t)sizes[i][0], (uint64_t)sizes[i][1]);
             }
 }
 

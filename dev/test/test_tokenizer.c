@@ -1,5 +1,5 @@
-// Tokenizer: splitting, merging, files and identity, held against golden ids (made by tiktoken and Hugging Face
-// tokenizers, see make_tokenizer_golden.py), against PCRE2 and against a naive merge written here.
+// Tokenizer: splitting, merging, files and identity, held against golden ids (made by tiktoken and Hugging
+// Face tokenizers, see make_tokenizer_golden.py), against PCRE2 and against a naive merge written here.
 #include "llmc/rand.h"            // defines: random_bits
 #include "llmc/tokenizer.h"       // defines: Tokenizer, Encoder, encode, merge_by_scan, merge_by_heap, ...
 #include "llmc/tokenizer_files.h" // defines: tokenizer_load, tokenizer_parse_*
@@ -251,8 +251,8 @@ static void test_gpt2_shakespeare(void** state) {
 // ----------------------------------------------------------------------------
 // splitting
 
-// What decides a split, a few bytes each: letters of contractions, digits, every kind of space, punctuation, and
-// characters that only PCRE2 can judge.
+// What decides a split, a few bytes each: letters of contractions, digits, every kind of space, punctuation,
+// and characters that only PCRE2 can judge.
 static const char* const atoms[] = {"a",
                                     "s",
                                     "L",
@@ -771,6 +771,7 @@ static const BadPart bad_parts[] = {
     {PRE, SPLIT_BY("{\"String\":\"a\"}", "\"Isolated\""), "pre_tokenizer"},
     {PRE, SPLIT("a)"), "does not compile"},
     {PRE, SPLIT("\\\\C"), "does not compile"},
+    {PRE, SPLIT("a|\xe4\xbd"), "does not compile"}, // not UTF-8
     {PRE, SPLIT("a*"), "matches the empty string"},
     {PRE, SPLIT(""), "matches the empty string"},
     {PRE, SPLIT("a{1,3}+"), "'{...}+'"},

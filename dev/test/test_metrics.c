@@ -1,0 +1,196 @@
+// log.jsonl: every line is JSON whatever is logged, half a line of a killed run spoils no other, and a log that
+// cannot be written stops nothing.
+#include "llmc/metrics.h" // defines: Metrics, metrics_open, event_begin ..., format_duration, print_escaped
+// cmocka's macro fail() would hide ours, so its header comes last
+#include <setjmp.h>
+#include <cmocka.h>
+
+static char directory[PATH_MAX], path[PATH_MAX + 16];
+
+static int setup(void** state) {
+    (void)state;
+    const char* parent = getenv("TMPDIR");
+    snprintf(directory, sizeof directory, "%s/metrics.XXXXXX", parent != NULL ? parent : "/tmp");
+    if (mkdtemp(directory) == NULL) return -1;
+    snprintf(path, sizeof path, "%s/log.jsonl", directory);
+    return 0;
+}
+
+static int teardown(void** state) {
+    (void)state;
+    unlink(path);
+    return rmdir(directory);
+}
+
+static void open_log(Metrics* m) {
+    Error err = {0};
+    if (!metrics_open(m, directory, &err)) fail_msg("%s", err.text);
+}
+
+// Line number n (from 0) of the log as JSON; the caller deletes.
+static cJSON* line_json(int n) {
+    Error err = {0};
+    size_t size;
+    char* text = read_file(path, 1 << 20, &size, &err);
+    assert_non_null(text);
+    char* line = text;
+    for (int i = 0; i < n; i++) line = strchr(line, '\n') + 1;
+    *strchr(line, '\n') = '\0';
+    cJSON* json = cJSON_ParseWithOpts(line, NULL, 1);
+    if (json == NULL) fail_msg("not JSON: %s", line);
+    free(text);
+    return json;
+}
+
+static const cJSON* item(const cJSON* json, const char* key) {
+    const cJSON* found = cJSON_GetObjectItemCaseSensitive(json, key);
+    if (found == NULL) fail_msg("no %s", key);
+    return found;
+}
+
+static void test_line(void** state) {
+    (void)state;
+    static const char text[] =
+        "quote \" backslash \\ newline \n tab \t bell \a delete \177 \xC3\xA9 \xE2\x82\xAC";
+    Metrics m;
+    open_log(&m);
+    String line = event_begin("step", 18446744073709551615ull);
+    event_number(&line, "loss", 3.14159265358979);
+    event_number(&line, "tokens", 1234567890123.0);
+    event_number(&line, "tiny", 1e-300);
+    event_number(&line, "nan", NAN);
+    event_number(&line, "inf", -INFINITY);
+    event_text(&line, "text", text);
+    event_end(&m, &line);
+    metrics_close(&m);
+    cJSON* json = line_json(0);
+    assert_string_equal(cJSON_GetStringValue(item(json, "event")), "step");
+    assert_true(fabs(item(json, "time")->valuedouble - (double)time(NULL)) < 5);
+    assert_true(item(json, "step")->valuedouble == 18446744073709551615.0);
+    assert_true(fabs(item(json, "loss")->valuedouble - 3.14159265) < 1e-8);
+    assert_true(item(json, "tokens")->valuedouble == 1234567890123.0);
+    assert_true(item(json, "tiny")->valuedouble == 1e-300);
+    assert_true(cJSON_IsNull(item(json, "nan")) && cJSON_IsNull(item(json, "inf")));
+    assert_string_equal(cJSON_GetStringValue(item(json, "text")), text);
+    cJSON_Delete(json);
+}
+
+// A model's text is any bytes. JSON is UTF-8, so what is none is replaced.
+static void test_text_is_utf8(void** state) {
+    (void)state;
+    static const char* const cases[][2] = {
+        {"a\xFFz", "a\xEF\xBF\xBDz"},                               // no UTF-8 has that byte
+        {"\xE2\x82", "\xEF\xBF\xBD\xEF\xBF\xBD"},                   // cut short
+        {"\xC0\xAF", "\xEF\xBF\xBD\xEF\xBF\xBD"},                   // '/' in two bytes
+        {"\xED\xA0\x80z", "\xEF\xBF\xBD\xEF\xBF\xBD\xEF\xBF\xBDz"}, // half a surrogate pair
+        {"\xF0\x9F\x98\x80", "\xF0\x9F\x98\x80"},                   // a face, which is UTF-8
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        String line = {0};
+        json_append_string(&line, cases[i][0]);
+        cJSON* json = cJSON_Parse(line.data);
+        assert_string_equal(cJSON_GetStringValue(json), cases[i][1]);
+        cJSON_Delete(json);
+        free(line.data);
+    }
+}
+
+static void test_torn_line(void** state) {
+    (void)state;
+    Metrics m;
+    int fd = open(path, O_WRONLY | O_CREAT, 0666);
+    assert_true(write_all(fd, "{\"event\":\"a\"}\n{\"event\":\"st", 26));
+    close(fd);
+    for (int run = 0; run < 2; run++) { // the second finds whole lines and adds nothing of its own
+        open_log(&m);
+        String line = event_begin("resume", 7);
+        event_end(&m, &line);
+        metrics_close(&m);
+        cJSON* json = line_json(2 + run);
+        assert_int_equal(item(json, "step")->valueint, 7);
+        cJSON_Delete(json);
+    }
+}
+
+// stderr while f runs, into text
+static void captured(char text[1024], void (*f)(Metrics*), Metrics* m) {
+    FILE* file = tmpfile();
+    assert_non_null(file);
+    fflush(stderr);
+    int saved = dup(2);
+    dup2(fileno(file), 2);
+    f(m);
+    fflush(stderr);
+    dup2(saved, 2);
+    close(saved);
+    rewind(file);
+    text[fread(text, 1, 1023, file)] = '\0';
+    fclose(file);
+}
+
+static void two_lines(Metrics* m) {
+    for (int i = 0; i < 2; i++) {
+        String line = event_begin("step", 1);
+        event_end(m, &line);
+    }
+}
+
+// A full disk: one warning, not one a step, and no error.
+static void test_full_disk(void** state) {
+    (void)state;
+    Metrics m;
+    char text[1024];
+    assert_int_equal(symlink("/dev/full", path), 0);
+    open_log(&m);
+    captured(text, two_lines, &m);
+    assert_non_null(strstr(text, "log.jsonl: No space left on device; training goes on without the log\n"));
+    assert_null(strstr(strchr(text, '\n'), "warning"));
+    assert_int_equal(m.fd, -1);
+    metrics_close(&m);
+}
+
+static void test_no_directory(void** state) {
+    (void)state;
+    Metrics m;
+    Error err = {0};
+    assert_false(metrics_open(&m, "/nowhere/at/all", &err));
+    assert_int_equal(err.code, EXIT_CANNOT_WRITE);
+    assert_string_equal(err.text, "cannot open /nowhere/at/all/log.jsonl: No such file or directory");
+}
+
+static void test_duration(void** state) {
+    (void)state;
+    static const struct {
+        double seconds;
+        const char* text;
+    } cases[] = {{0, "0s"},      {0.6, "1s"},      {59.4, "59s"},       {59.6, "1m00s"},
+                 {187, "3m07s"}, {3720, "1h02m"},  {360000, "100h00m"}, {-5, "0s"},
+                 {NAN, "0s"},    {INFINITY, "0s"}, {1e300, "0s"}};
+    char text[24];
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        format_duration(text, cases[i].seconds);
+        assert_string_equal(text, cases[i].text);
+    }
+}
+
+static void test_print_escaped(void** state) {
+    (void)state;
+    char text[64] = {0};
+    FILE* file = fmemopen(text, sizeof text, "w");
+    print_escaped(file, "a\n\t\033[2J\r\0\x7F\xC3\xA9", 12);
+    fclose(file);
+    assert_string_equal(text, "a\n\t\\x1b[2J\\x0d\\x00\\x7f\xC3\xA9");
+}
+
+int main(void) {
+    const struct CMUnitTest tests[] = {
+        cmocka_unit_test_setup_teardown(test_line, setup, teardown),
+        cmocka_unit_test(test_text_is_utf8),
+        cmocka_unit_test_setup_teardown(test_torn_line, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_full_disk, setup, teardown),
+        cmocka_unit_test(test_no_directory),
+        cmocka_unit_test(test_duration),
+        cmocka_unit_test(test_print_escaped),
+    };
+    return cmocka_run_group_tests_name("metrics", tests, NULL, NULL);
+}
