@@ -924,11 +924,6 @@ static bool command_train(Trainer* t, const char* argument, Error* err) {
     (void)argument;
     RunConfig* run = &t->run;
     if (!make_directories(run->log.run_dir, err) || !open_data(t, true, err)) return false;
-    if (run->sample.every > 0 && run->data.tokenizer[0] == '\0')
-        return fail(err, EXIT_CONFIG,
-                    "sample.every is %d but data.tokenizer is empty: name the tokenizer, or "
-                    "set sample.every to 0",
-                    run->sample.every);
     gpt_create(&t->gpt, &run->model, run->batch.micro_batch_size, run->batch.sequence_length,
                run->precision.compute, true);
     create_batch(t);

@@ -4,12 +4,12 @@
 //     dP = dO V^T        dS = P * (dP - rowsum(dO * O))                        h / (NH / NKV)
 //     dQ = scale dS K    dK = scale dS^T Q    dV = P^T dO
 //
-// qkv is (B, T, (NH + 2 NKV) * HS): the query heads, then the key heads, then the value heads of a token.
-// A score tile is kept transposed, (KEY_TILE keys, QUERY_TILE queries): queries lie along the vector lanes, so
+// qkv is (B, T, (NH + 2 NKV) * HS): the query heads, then the key heads, then the value heads of a token. A
+// score tile is kept transposed, (KEY_TILE keys, QUERY_TILE queries): queries lie along the vector lanes, so
 // that the softmax needs no sum across lanes, and of the operands only one small Q tile is ever transposed.
 // One task is one kv head of one sequence with all its query heads; it owns everything it writes, so that
-// results do not depend on the thread count.
-// Source: Dao, FlashAttention-2, 2023; Milakov and Gimelshein, Online normalizer calculation, 2018.
+// results do not depend on the thread count. Source: Dao, FlashAttention-2, 2023; Milakov and Gimelshein,
+// Online normalizer calculation, 2018.
 #pragma once
 #include "llmc/real.h"     // defines: real, exp_real, LANES, round_up_to_lanes
 #include "llmc/tile_cpu.h" // defines: tile_multiply
@@ -274,8 +274,8 @@ static inline void attention_backward(real* dqkv, void* scratch, const real* dou
     }
 }
 
-// One new token against the keys and values so far. out, q (NH*HS); k_cache, v_cache (length or more, NKV*HS):
-// a row of each per position, the new token's own among them.
+// One new token against the keys and values so far. out, q (NH*HS); k_cache, v_cache (length or more,
+// NKV*HS): a row of each per position, the new token's own among them.
 static inline void attention_decode(real* out, const real* q, const real* k_cache, const real* v_cache,
                                     int length, int NH, int NKV, int HS) {
     size_t stride = (size_t)NKV * (size_t)HS;

@@ -12,7 +12,7 @@
 #pragma once
 #include "llmc/data_order.h" // defines: permute, Mixture, mixture_build, mixture_locate, MIXTURE_*
 #include "llmc/shard.h" // defines: Shard, shard_open, shard_close, shard_copy, shard_token, shard_unchanged
-#include "llmc/utils.h" // defines: Error, fail, CHECK, EXIT_*, checked_add, malloc_check, calloc_check
+#include "llmc/utils.h" // defines: Error, fail, CHECK, EXIT_*, malloc_check, calloc_check, strdup_check
 #include <glob.h>
 #include <pthread.h>
 #include <signal.h>
@@ -27,7 +27,6 @@ typedef struct {
 
 typedef struct {
     char* name;
-    double weight;
     Shard* shards; // (num_shards), by name in byte order
     int num_shards;
     uint64_t* first_row; // (num_shards + 1): rows before each shard; the last one is rows
@@ -53,8 +52,6 @@ typedef struct {
 typedef struct {
     const Shard* shard;
     uint64_t first_token; // of T + 1
-    int source;
-    uint64_t epoch; // how often this source has been through
 } RowPlace;
 
 // ----------------------------------------------------------------------------
@@ -76,11 +73,10 @@ static inline bool source_count_rows(SourceData* s, int T, Error* err) {
     }
     s->rows = s->first_row[s->num_shards];
     if (s->rows == 0)
-        return fail(
-            err, EXIT_BAD_DATA,
-            "data source '%s' has no row of %d + 1 tokens in its %d shard(s) of %llu tokens; add text or "
-            "lower the sequence length",
-            s->name, T, s->num_shards, (unsigned long long)s->tokens);
+        return fail(err, EXIT_BAD_DATA,
+                    "data source '%s' has no row of %d + 1 tokens in its %d shard(s) of %llu tokens; add "
+                    "text or lower the sequence length",
+                    s->name, T, s->num_shards, (unsigned long long)s->tokens);
     return true;
 }
 
@@ -88,14 +84,12 @@ static inline bool source_open(SourceData* s, const DataSource* config, int T, E
     glob_t found;
     memset(&found, 0, sizeof found);
     s->name = strdup_check(config->name);
-    s->weight = config->weight;
     if (glob(config->glob, GLOB_BRACE | GLOB_TILDE | GLOB_NOSORT, NULL, &found) != 0 || found.gl_pathc == 0) {
         globfree(&found);
-        return fail(
-            err, EXIT_NO_INPUT,
-            "data source '%s': no file matches %s; write token shards with `corpus encode` or correct the "
-            "path",
-            config->name, config->glob);
+        return fail(err, EXIT_NO_INPUT,
+                    "data source '%s': no file matches %s; write token shards with `corpus encode` or "
+                    "correct the path",
+                    config->name, config->glob);
     }
     qsort(found.gl_pathv, found.gl_pathc, sizeof *found.gl_pathv, compare_paths);
     s->shards = (Shard*)calloc_check(found.gl_pathc, sizeof *s->shards);
@@ -114,33 +108,31 @@ static inline bool dataloader_check_shard(DataLoader* loader, const Shard** know
                                           Error* err) {
     const ShardHeader* h = &shard->header;
     if (h->vocab_size > loader->vocab_size)
-        return fail(
-            err, EXIT_BAD_DATA,
-            "token shard %s has a vocabulary of %u, but the model's vocab_size is %u; raise it or encode "
-            "the text again",
-            shard->path, h->vocab_size, loader->vocab_size);
+        return fail(err, EXIT_BAD_DATA,
+                    "token shard %s has a vocabulary of %u, but the model's vocab_size is %u; raise it or "
+                    "encode the text again",
+                    shard->path, h->vocab_size, loader->vocab_size);
     if (loader->eot_id >= 0 && shard->eot_id >= 0 && shard->eot_id != loader->eot_id)
-        return fail(
-            err, EXIT_BAD_DATA,
-            "token shard %s has the end-of-text token %d, the shards before it have %d; encode all of them "
-            "with the same tokenizer",
-            shard->path, shard->eot_id, loader->eot_id);
+        return fail(err, EXIT_BAD_DATA,
+                    "token shard %s has the end-of-text token %d, the shards before it have %d; encode all "
+                    "of them with the same tokenizer",
+                    shard->path, shard->eot_id, loader->eot_id);
     if (shard->eot_id >= 0) loader->eot_id = shard->eot_id;
     if (h->tokenizer_hash[0] == 0 && h->tokenizer_hash[1] == 0) return true;
     if (*known != NULL && memcmp(h->tokenizer_hash, loader->tokenizer_hash, sizeof h->tokenizer_hash) != 0)
-        return fail(
-            err, EXIT_BAD_DATA,
-            "token shards %s and %s were encoded by different tokenizers (hashes %016llx and %016llx); "
-            "encode both with the same one",
-            (*known)->path, shard->path, (unsigned long long)loader->tokenizer_hash[0],
-            (unsigned long long)h->tokenizer_hash[0]);
+        return fail(err, EXIT_BAD_DATA,
+                    "token shards %s and %s were encoded by different tokenizers (hashes %016llx and "
+                    "%016llx); encode both with the same one",
+                    (*known)->path, shard->path, (unsigned long long)loader->tokenizer_hash[0],
+                    (unsigned long long)h->tokenizer_hash[0]);
     memcpy(loader->tokenizer_hash, h->tokenizer_hash, sizeof h->tokenizer_hash);
     *known = shard;
     return true;
 }
 
-// Everything that decides which tokens row g has: sizes, headers (with their hash of the tokens) and, for
-// shards without that hash, the first and last tokens; paths and names do not count, data may move.
+// Everything that decides which tokens row g has: sizes, headers (with their hash of the tokens) and, because
+// other programs' shards have no such hash, the first and last tokens. Paths and names do not count: data may
+// move.
 static inline uint64_t dataloader_fingerprint(const DataLoader* loader) {
     const size_t max_probe = 2048;
     uint64_t facts[4] = {(uint64_t)loader->T, loader->seed, loader->shuffle, (uint64_t)loader->num_sources};
@@ -151,8 +143,8 @@ static inline uint64_t dataloader_fingerprint(const DataLoader* loader) {
         hash = XXH3_64bits_withSeed(of_source, sizeof of_source, hash);
         for (int i = 0; i < s->num_shards; i++) {
             const Shard* shard = &s->shards[i];
-            size_t bytes = shard->map_bytes - SHARD_HEADER_BYTES,
-                   probe = bytes < max_probe ? bytes : max_probe;
+            size_t bytes = shard->map_bytes - SHARD_HEADER_BYTES;
+            size_t probe = bytes < max_probe ? bytes : max_probe;
             hash = XXH3_64bits_withSeed(&shard->header, sizeof shard->header, hash);
             hash = XXH3_64bits_withSeed(shard->tokens, probe, hash);
             hash = XXH3_64bits_withSeed((const char*)shard->tokens + bytes - probe, probe, hash);
@@ -262,27 +254,23 @@ static inline RowPlace source_row(const SourceData* s, uint64_t row, int T) {
         else
             high = middle;
     }
-    RowPlace place = {&s->shards[low], (row - s->first_row[low]) * (uint64_t)T, 0, 0};
+    RowPlace place = {&s->shards[low], (row - s->first_row[low]) * (uint64_t)T};
     return place;
 }
 
 // Where global row g lies; the same time for any g.
 static inline RowPlace dataloader_locate(const DataLoader* loader, uint64_t g) {
-    uint64_t index = g % loader->rows, epoch = g / loader->rows;
+    uint64_t index = g % loader->rows;
     int k = 0;
     if (loader->shuffle) {
         k = mixture_locate(loader->mixture, g, &index);
-        uint64_t rows = loader->sources[k].rows;
-        epoch = index / rows;
+        uint64_t rows = loader->sources[k].rows, epoch = index / rows;
         // the key of this source's shuffle in this epoch: 16 bits and 40 bits
         index = permute(index % rows, rows, loader->seed, (uint64_t)k << 40 | (epoch & 0xFFFFFFFFFFull));
     } else {
         while (index >= loader->sources[k].rows) index -= loader->sources[k++].rows;
     }
-    RowPlace place = source_row(&loader->sources[k], index, loader->T);
-    place.source = k;
-    place.epoch = epoch;
-    return place;
+    return source_row(&loader->sources[k], index, loader->T);
 }
 
 // Starts the reading of a row's pages all at once, where page faults would read them one after another: from
@@ -305,11 +293,11 @@ static inline bool dataloader_row(const DataLoader* loader, uint64_t g, int32_t*
     if (shard_copy(tokens, place.shard, place.first_token, n) < loader->vocab_size) return true;
     uint64_t bad = place.first_token;
     while (shard_token(place.shard, bad) < loader->vocab_size) bad++;
-    return fail(
-        err, EXIT_BAD_DATA,
-        "%s: token %llu is %u, outside the model's vocabulary of %u; the shard is damaged or was made with "
-        "another tokenizer (see `corpus verify`)",
-        place.shard->path, (unsigned long long)bad, shard_token(place.shard, bad), loader->vocab_size);
+    return fail(err, EXIT_BAD_DATA,
+                "%s: token %llu is %u, outside the model's vocabulary of %u; the shard is damaged or was "
+                "made with another tokenizer (see `corpus verify`)",
+                place.shard->path, (unsigned long long)bad, shard_token(place.shard, bad),
+                loader->vocab_size);
 }
 
 // doc_start (T): for each position of a row the first position of its document, for document masking. A

@@ -1,7 +1,7 @@
 // The layers of the CPU reference, forward and backward. Every loop is vectorised by the compiler and
-// threaded; every sum is taken in an order that does not depend on the number of threads.
-// Shapes: N = B*T rows of C columns; each function names what it sets (=) and what it adds to (+=).
-// Gradients of parameters are +=, so that micro-batches accumulate; a NULL bias or dbias is one that is absent.
+// threaded; every sum is taken in an order that does not depend on the number of threads. Shapes: N = B*T
+// rows of C columns; each function names what it sets (=) and what it adds to (+=). Gradients of parameters
+// are +=, so that micro-batches accumulate; a NULL bias or dbias is one that is absent.
 #pragma once
 #include "llmc/real.h"          // defines: real, exp_real, sigmoid_real, COLUMN_BLOCK
 #include "llmc/matmul_cpu.h"    // defines: Matmul, matmul_forward, matmul_backward
@@ -12,7 +12,8 @@
 // ----------------------------------------------------------------------------
 // embedding: out[n] = wte[token[n]] + wpe[t]
 
-// out (B, T, C) =; wte (V, C), wpe (T or more, C) or NULL. To decode at position t, pass wpe + t * C and T = 1.
+// out (B, T, C) =; wte (V, C), wpe (T or more, C) or NULL. To decode at position t, pass wpe + t * C and T =
+// 1.
 static inline void embedding_forward(real* out, const int* tokens, const real* wte, const real* wpe, int B,
                                      int T, int C) {
     size_t width = (size_t)C;
@@ -98,7 +99,8 @@ static inline void residual_norm_forward(real* residual, real* out, real* mean, 
     }
 }
 
-// dinp (N, C) += (the gradient of the residual stream); dweight, dbias (C) +=; inp, mean, rstd as in the forward.
+// dinp (N, C) += (the gradient of the residual stream); dweight, dbias (C) +=; inp, mean, rstd as in the
+// forward.
 //   dinp = rstd * (g - E[g] - xhat * E[g * xhat]), g = dout * weight; RMSNorm has no E[g]
 static inline void norm_backward(real* dinp, real* dweight, real* dbias, const real* dout, const real* inp,
                                  const real* weight, const real* mean, const real* rstd, int N, int C,
@@ -133,7 +135,8 @@ static inline void norm_backward(real* dinp, real* dweight, real* dbias, const r
 }
 
 // ----------------------------------------------------------------------------
-// rotary positions: (x, y) -> (x cos - y sin, y cos + x sin) for the pairs (i, i + HS/2) of every q and k head
+// rotary positions: (x, y) -> (x cos - y sin, y cos + x sin) for the pairs (i, i + HS/2) of every q and k
+// head
 
 // direction 1 turns forward, -1 back: the gradient of a rotation is the rotation back
 static inline void rope_rotate(real* qkv, const float* cos_table, const float* sin_table, int offset, int B,
@@ -156,7 +159,8 @@ static inline void rope_rotate(real* qkv, const float* cos_table, const float* s
     }
 }
 
-// In place on the q and k heads of qkv (B, T, (NH + 2 NKV) * HS); row (b, t) has position offset + t of the tables.
+// In place on the q and k heads of qkv (B, T, (NH + 2 NKV) * HS); row (b, t) has position offset + t of the
+// tables.
 static inline void rope_forward(real* qkv, const float* cos_table, const float* sin_table, int offset, int B,
                                 int T, int NH, int NKV, int HS) {
     rope_rotate(qkv, cos_table, sin_table, offset, B, T, NH, NKV, HS, 1);
@@ -238,8 +242,8 @@ static inline real largest_of(const real* x, int n) {
     return largest[0];
 }
 
-// losses (N) = -log softmax(logits)[target]; a row whose target is negative has loss 0 and gradient 0.
-// logits (N, Vp), the first V of them real ones, become scale * dloss/dlogits (0 in the padding) if want_grad;
+// losses (N) = -log softmax(logits)[target]; a row whose target is negative has loss 0 and gradient 0. logits
+// (N, Vp), the first V of them real ones, become scale * dloss/dlogits (0 in the padding) if want_grad;
 // otherwise they are not touched.
 static inline void classifier(real* losses, real* logits, const int* targets, real scale, int N, int V,
                               int Vp, bool want_grad) {

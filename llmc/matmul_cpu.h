@@ -1,11 +1,12 @@
-// Matrix products of the CPU reference: oneDNN's matmul primitive (-DUSE_DNNL), or plain C of the same results
-// within rounding; operands in fp32, or rounded to bf16 with the sum in fp32. A linear layer is
+// Matrix products of the CPU reference: oneDNN's matmul primitive (-DUSE_DNNL), or plain C of the same
+// results within rounding; operands in fp32, or rounded to bf16 with the sum in fp32. A linear layer is
 //     out = inp weight^T + bias        dinp = dout weight        dweight += dout^T inp        dbias += colsum(dout)
 // with inp (N, C), weight (OC, C), out (N, OC), all row-major.
 //
 // A Matmul stands where a CUDA layer has its stream: precision, scratch memory, the primitives made so far.
-// Under bf16 an operand is rounded into the scratch once per call, so that one copy of dout serves both products
-// of the backward pass; matmul_keep does the same for a weight across calls (the head's, row chunk by row chunk).
+// Under bf16 an operand is rounded into the scratch once per call, so that one copy of dout serves both
+// products of the backward pass; matmul_keep does the same for a weight across calls (the head's, row chunk
+// by row chunk).
 #pragma once
 #include "llmc/bf16.h"     // defines: bf16_from_float, float_from_bf16
 #include "llmc/real.h"     // defines: real, LANES, add_column_sums
@@ -61,8 +62,8 @@ static inline real operand_at(Operand x, size_t i) {
 }
 
 // Copies `count` lines of x (rows of A, columns of B) from `first` on, elements k_first .. k_first + K - 1 of
-// each, into panels of `width` lines: out[panel][k][line in panel]. What the last panel has no line for stays as it
-// is: nobody reads what becomes of it.
+// each, into panels of `width` lines: out[panel][k][line in panel]. What the last panel has no line for stays
+// as it is: nobody reads what becomes of it.
 static inline void plain_pack(real* out, Operand x, size_t line_stride, size_t k_stride, int first, int count,
                               int k_first, int K, int width) {
     for (int panel = 0; panel < count; panel += width) {
@@ -139,9 +140,9 @@ static inline dnnl_memory_t dnnl_memory_of(const dnnl_memory_desc_t* desc, dnnl_
 }
 
 // The implementation to use, of those oneDNN has: its classic gemm where there is one. For row-major operands
-// it beats the `brg` that oneDNN itself would choose: 182-209 against 121-171 GFLOP/s a core for dinp, 179-204
-// against 156-169 for dweight, as fast forward and under bf16 (oneDNN 2.6.3, Zen 5, 2026-11-21). NULL if it has
-// only its slow reference for this processor (bf16 before AVX-512).
+// it beats the `brg` that oneDNN itself would choose: 182-209 against 121-171 GFLOP/s a core for dinp,
+// 179-204 against 156-169 for dweight, as fast forward and under bf16 (oneDNN 2.6.3, Zen 5, 2026-11-21). NULL
+// if it has only its slow reference for this processor (bf16 before AVX-512).
 static inline dnnl_primitive_desc_t matmul_implementation(const dnnl_matmul_desc_t* product,
                                                           const_dnnl_primitive_attr_t attr,
                                                           dnnl_engine_t engine) {
@@ -286,8 +287,8 @@ static inline void bf16_from_reals(uint16_t* out, const real* in, size_t count) 
     for (size_t i = 0; i < count; i++) out[i] = bf16_from_float((float)in[i]);
 }
 
-// Under bf16, rounds a weight into copy (count entries) now, for all products with it until matmul_release: for
-// a weight that several calls in a row read and none changes. In fp32 copy may be NULL.
+// Under bf16, rounds a weight into copy (count entries) now, for all products with it until matmul_release:
+// for a weight that several calls in a row read and none changes. In fp32 copy may be NULL.
 static inline void matmul_keep(Matmul* mm, const real* weight, size_t count, uint16_t* copy) {
     if (mm->compute != MATMUL_BF16) return;
     mm->kept = weight, mm->kept_copy = copy;

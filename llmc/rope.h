@@ -1,9 +1,9 @@
-// Rotary position embedding: the table of angles, shared by the CPU and the CUDA layers.
-// Pair i of a head (elements i and i + HS/2, Hugging Face's rotate_half layout) turns by position * f_i with
-// f_i = theta^(-2 i / HS), slowed down for long contexts by one of the scalings below.
-// Source: Su et al., RoFormer, 2021; scalings as in transformers' modeling_rope_utils (_compute_linear_scaling,
-// _compute_llama3_parameters). As there, frequencies and angles are rounded to fp32: at position 8000 an
-// unrounded frequency would turn by 5e-4 more or less, and the weights were trained with the rounded ones.
+// Rotary position embedding: the table of angles, shared by the CPU and the CUDA layers. Pair i of a head
+// (elements i and i + HS/2, Hugging Face's rotate_half layout) turns by position * f_i with f_i = theta^(-2 i
+// / HS), slowed down for long contexts by one of the scalings below. Source: Su et al., RoFormer, 2021;
+// scalings as in transformers' modeling_rope_utils (_compute_linear_scaling, _compute_llama3_parameters). As
+// there, frequencies and angles are rounded to fp32: at position 8000 an unrounded frequency would turn by
+// 5e-4 more or less, and the weights were trained with the rounded ones.
 #pragma once
 #include <math.h>
 #include <stddef.h>

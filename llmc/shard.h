@@ -90,11 +90,10 @@ static inline bool shard_parse(Shard* shard, const void* bytes, size_t size, con
     uint64_t expected;
     if (!checked_extent(SHARD_HEADER_BYTES, h->num_tokens, (uint64_t)kind->token_bytes, &expected) ||
         expected != size)
-        return fail(
-            err, EXIT_BAD_DATA,
-            "%s is %zu bytes, but its header announces %llu tokens of %d bytes; the file is truncated or "
-            "damaged: write or copy it again",
-            name, size, (unsigned long long)h->num_tokens, kind->token_bytes);
+        return fail(err, EXIT_BAD_DATA,
+                    "%s is %zu bytes, but its header announces %llu tokens of %d bytes; the file is "
+                    "truncated or damaged: write or copy it again",
+                    name, size, (unsigned long long)h->num_tokens, kind->token_bytes);
     if ((h->flags & ~(uint32_t)(SHARD_HAS_INDEX | SHARD_EOT_FIRST)) != 0)
         return fail(err, EXIT_BAD_DATA,
                     "%s: unknown header flags 0x%x; it was written by a newer version or is damaged", name,
@@ -167,11 +166,10 @@ static inline bool shard_unchanged(const Shard* shard, Error* err) {
         return fail(err, EXIT_NO_INPUT, "token shard %s went away while it was in use: %s", shard->path,
                     strerror(errno));
     if ((uint64_t)st.st_size != shard->map_bytes)
-        return fail(
-            err, EXIT_BAD_DATA,
-            "token shard %s changed from %zu to %lld bytes while it was in use; restore it and resume: "
-            "a shard must not be rewritten during a run",
-            shard->path, shard->map_bytes, (long long)st.st_size);
+        return fail(err, EXIT_BAD_DATA,
+                    "token shard %s changed from %zu to %lld bytes while it was in use; restore it and "
+                    "resume: a shard must not be rewritten during a run",
+                    shard->path, shard->map_bytes, (long long)st.st_size);
     return true;
 }
 

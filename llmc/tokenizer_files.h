@@ -13,13 +13,16 @@ static const size_t MAX_TOKENIZER_FILE = 256u << 20;
 // GPT-2: vocab.bpe, a line "#version: 0.2" and one "left right" for each merge; encoder.json, {"token": id,
 // ...}
 
-// A token of several bytes that no merge makes is special: `<|endoftext|>`.
+// A token of several bytes that has no part in any merge is special: `<|endoftext|>`.
 static inline void mark_specials(Tokenizer* t) {
-    bool* made = (bool*)calloc_check(t->vocab_size, sizeof *made);
-    for (uint32_t rank = 0; rank < t->num_merges; rank++) made[t->merges[rank].id] = true;
+    bool* merged = (bool*)calloc_check(t->vocab_size, sizeof *merged);
+    for (uint32_t rank = 0; rank < t->num_merges; rank++) {
+        const Merge* m = &t->merges[rank];
+        merged[m->left] = merged[m->right] = merged[m->id] = true;
+    }
     for (uint32_t id = 0; id < t->vocab_size; id++)
-        if (t->tokens[id].size > 1 && !made[id]) t->tokens[id].kind = TOKEN_SPECIAL;
-    free(made);
+        if (t->tokens[id].size > 1 && !merged[id]) t->tokens[id].kind = TOKEN_SPECIAL;
+    free(merged);
     tokenizer_index_ids(t, t->id_slots_size);
 }
 

@@ -1,7 +1,7 @@
-// How fast are the layers of the CPU reference, and how far from what this machine can do?
-// Each line: one layer at GPT-2 124M's shapes, its best time of several, its rate, and the ratio of that rate to
-// a ceiling measured in the same run: fused multiply-adds in registers (GFLOP/s) or a stream that reads two
-// arrays and writes one (GB/s). Then the sum over a training step.
+// How fast are the layers of the CPU reference, and how far from what this machine can do? Each line: one
+// layer at GPT-2 124M's shapes, its best time of several, its rate, and the ratio of that rate to a ceiling
+// measured in the same run: fused multiply-adds in registers (GFLOP/s) or a stream that reads two arrays and
+// writes one (GB/s). Then the sum over a training step.
 //
 //     build/bench_layers [B T]          default 4 256; OMP_NUM_THREADS decides the threads
 #include "llmc/layers_cpu.h"    // defines: every layer
@@ -66,8 +66,7 @@ static void bench_setup(Bench* s, int B, int T) {
     size_t bytes = matmul_scratch_bytes(MATMUL_BF16, s->N, FF, FF);
     size_t head = matmul_scratch_bytes(MATMUL_BF16, CHUNK, C, Vp);
     bytes = bytes > head ? bytes : head;
-    s->matmul_scratch = aligned_alloc(64, bytes);
-    CHECK(s->matmul_scratch != NULL);
+    s->matmul_scratch = aligned_zeros(bytes);
     matmul_init(&s->fp32, MATMUL_FP32, s->matmul_scratch, bytes);
     matmul_init(&s->bf16, MATMUL_BF16, s->matmul_scratch, bytes);
     matmul_init(&s->plain, MATMUL_FP32, s->matmul_scratch, bytes);

@@ -170,11 +170,11 @@ static inline bool check_split(const EncodeJob* job, Error* err) {
     if (train + val == 0)
         return fail(err, EXIT_BAD_DATA, "the input has no document: nothing but white space in it");
     if (train == 0 || (val == 0 && job->val_fraction > 0))
-        return fail(
-            err, EXIT_BAD_DATA,
-            "none of %llu document(s) fell to %s with --val-fraction %g: cut the text into more documents "
-            "(--document-separator), change the fraction (0: no validation) or the --seed",
-            (unsigned long long)(train + val), train == 0 ? "training" : "validation", job->val_fraction);
+        return fail(err, EXIT_BAD_DATA,
+                    "none of %llu document(s) fell to %s with --val-fraction %g: cut the text into more "
+                    "documents (--document-separator), change the fraction (0: no validation) or the --seed",
+                    (unsigned long long)(train + val), train == 0 ? "training" : "validation",
+                    job->val_fraction);
     return true;
 }
 

@@ -60,11 +60,10 @@ static inline bool find_files(const StringList* operands, StringList* files, Err
         fts_close(walk);
         if (!ok) return false;
         if (files->count == before)
-            return fail(
-                err, EXIT_NO_INPUT,
-                "folder %s has no .txt or .jsonl file (also .gz or .zst); name files of other endings one by "
-                "one",
-                roots[0]);
+            return fail(err, EXIT_NO_INPUT,
+                        "folder %s has no .txt or .jsonl file (also .gz or .zst); name files of other "
+                        "endings one by one",
+                        roots[0]);
     }
     return true;
 }

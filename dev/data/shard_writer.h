@@ -109,8 +109,8 @@ static inline bool shard_writer_tokens(ShardWriter* w, const uint32_t* tokens, s
     uint32_t limit = w->token_bytes == 2 ? 65536 : (uint32_t)SHARD_MAX_VOCAB;
     if (w->header.vocab_size != 0) limit = w->header.vocab_size;
     while (n > 0) {
-        size_t room = (SHARD_BUFFER_BYTES - w->buffered) / (size_t)w->token_bytes,
-               count = n < room ? n : room;
+        size_t room = (SHARD_BUFFER_BYTES - w->buffered) / (size_t)w->token_bytes;
+        size_t count = n < room ? n : room;
         if (narrow_tokens(w->buffer + w->buffered, w->token_bytes, tokens, count) >= limit) {
             size_t bad = 0;
             while (tokens[bad] < limit) bad++;

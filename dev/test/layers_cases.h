@@ -26,7 +26,8 @@ enum { INPUTS = 3 };
 static const bool in_double = sizeof(real) == sizeof(double);
 
 // ----------------------------------------------------------------------------
-// arrays: exactly as long as the layer is told, so that AddressSanitizer sees every step beyond; freed together
+// arrays: exactly as long as the layer is told, so that AddressSanitizer sees every step beyond; freed
+// together
 
 static void* owned[4096];
 static int owned_count;
@@ -279,8 +280,7 @@ static void matmul_cases(int compute, bool plain) {
         for (int with_bias = 0; with_bias < 2; with_bias++) {
             int N = sizes[i][0], C = sizes[i][1], OC = sizes[i][2];
             size_t bytes = matmul_scratch_bytes(compute, N, C, OC);
-            void* scratch = aligned_alloc(64, (bytes + 63) / 64 * 64);
-            assert_non_null(scratch);
+            void* scratch = aligned_zeros(bytes);
             memset(scratch, 0xFF, bytes);
             Matmul mm;
             matmul_init(&mm, compute, scratch, bytes);

@@ -1,6 +1,7 @@
-// The layers as their formulas read, in the number type NUM, one loop per sum sign: what the fast ones are held
-// against. Included twice, with NUM = real (the error that a plain program of the same precision makes) and
-// NUM = long double (the truth). NAIVE(f) is f with a suffix for the type. Outputs, inputs, sizes, options.
+// The layers as their formulas read, in the number type NUM, one loop per sum sign: what the fast ones are
+// held against. Included twice, with NUM = real (the error that a plain program of the same precision makes)
+// and NUM = long double (the truth). NAIVE(f) is f with a suffix for the type. Outputs, inputs, sizes,
+// options.
 
 // out (M, N) = a b; a is (M, K) or, transposed, (K, M); b is (K, N) or (N, K)
 static void NAIVE(product)(NUM* out, const NUM* a, const NUM* b, int M, int N, int K, bool a_t, bool b_t) {
@@ -74,7 +75,8 @@ static void NAIVE(attention)(NUM* out, NUM* lse, const NUM* qkv, const int* doc_
     free(p);
 }
 
-// GELU's (1 + tanh u) / 2 as 1 / (1 + e^-2u), the same number, which does not end in 1 - 1 where u is far below 0
+// GELU's (1 + tanh u) / 2 as 1 / (1 + e^-2u), the same number, which does not end in 1 - 1 where u is far
+// below 0
 static void NAIVE(activation)(NUM* out, const NUM* inp, int N, int FF, int kind) {
     const NUM pi = (NUM)3.14159265358979323846264338L;
     for (int n = 0; n < N; n++)

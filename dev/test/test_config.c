@@ -192,7 +192,8 @@ static const struct {
      "run.json:3: model.use_sliding_window is true; only false is implemented"},
     {"\"llama\"", "\"qwen2\", \"attention_bias\": true",
      "run.json:3: model.attention_bias: unknown key for a qwen2 model; did you mean num_attention_heads?"},
-    {"\"model\": {", "\"model\": 3, \"x\": {", "run.json:2: x: unknown key; did you mean seed?"},
+    {"\"model\": {", "\"model\": 3, \"x\": {", "run.json:2: x: unknown key; did you mean log?"},
+    {"\"log\"", "\"model_path\": 1, \"log\"", "run.json:21: model_path: unknown key; did you mean model?"},
     // text
     {"\"run\"", "\"a\\u0000b\"", "run.json:21: a NUL character; a config is text"},
     {"\"max_steps\": 100,", "\"max_steps\": 100",

@@ -100,8 +100,7 @@ static void test_matmul_many_shapes(void** state) {
     (void)state;
     size_t bytes = matmul_scratch_bytes(MATMUL_FP32, 80, 80, 80);
     Matmul mm;
-    void* scratch = aligned_alloc(64, (bytes + 63) / 64 * 64);
-    assert_non_null(scratch);
+    void* scratch = aligned_zeros(bytes);
     matmul_init(&mm, MATMUL_FP32, scratch, bytes);
     for (int round = 0; round < 2; round++)
         for (int N = 1; N <= 30; N++) matmul_case(N, 3, 4, true, &mm);
@@ -117,8 +116,7 @@ static void test_gemm(void** state) {
     real *start = random_reals(COUNT, 1), *plain = poisoned(COUNT);
     wide *wide_a = widen(a, COUNT), *wide_b = widen(b, COUNT), *truth = (wide*)own(COUNT * sizeof(wide));
     size_t bytes = matmul_scratch_bytes(MATMUL_FP32, SIZE, SIZE, SIZE);
-    void* scratch = aligned_alloc(64, (bytes + 63) / 64 * 64);
-    assert_non_null(scratch);
+    void* scratch = aligned_zeros(bytes);
     Matmul mm;
     matmul_init(&mm, MATMUL_FP32, scratch, bytes);
     for (int which = 0; which < 12; which++) {
@@ -146,8 +144,7 @@ static void test_matmul_keep(void** state) {
     real *dout = random_reals(N * OC, 1), *dweight = random_reals(OC * C, 1);
     for (int compute = MATMUL_FP32; compute <= MATMUL_BF16; compute++) {
         size_t bytes = matmul_scratch_bytes(compute, N, C, OC);
-        void* scratch = aligned_alloc(64, (bytes + 63) / 64 * 64);
-        assert_non_null(scratch);
+        void* scratch = aligned_zeros(bytes);
         uint16_t* copy = compute == MATMUL_BF16 ? (uint16_t*)own(OC * C * sizeof(uint16_t)) : NULL;
         Matmul mm;
         matmul_init(&mm, compute, scratch, bytes);
@@ -210,8 +207,7 @@ static Outputs run_every_layer(const real* x, const int* tokens, int threads) {
     void* attention_scratch = own(attention_scratch_bytes(TT, THS));
     Matmul mm;
     size_t bytes = matmul_scratch_bytes(MATMUL_BF16, TN, TC, TFF);
-    void* scratch = aligned_alloc(64, (bytes + 63) / 64 * 64);
-    CHECK(scratch != NULL);
+    void* scratch = aligned_zeros(bytes);
     matmul_init(&mm, MATMUL_BF16, scratch, bytes);
     mm.plain = true;
     float cosines[TT * (THS / 2)], sines[TT * (THS / 2)];

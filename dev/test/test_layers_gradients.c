@@ -1,4 +1,5 @@
-// Every layer in double: the same source as the fp32 program, so that a wrong formula cannot hide in rounding.
+// Every layer in double: the same source as the fp32 program, so that a wrong formula cannot hide in
+// rounding.
 #define REAL double
 #include "dev/test/layers_cases.h" // defines: LAYER_CASES
 
