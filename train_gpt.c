@@ -136,69 +136,65 @@ static size_t largest_matmul_scratch(const GPT* g) {
     return largest;
 }
 
-// Places every array of one class; `training` adds what only the backward pass needs.
-static void lay_out(GPT* g, enum MemoryClass class, Arena* arena, bool training) {
+static void lay_out_activations(GPT* g, Arena* arena, bool training) {
     const ModelConfig* c = &g->config;
     size_t N = (size_t)g->B * (size_t)g->T, C = model_dim(c, DIM_HIDDEN), Q = model_dim(c, DIM_HEADS);
-    size_t QKV = model_dim(c, DIM_QKV), FF = model_dim(c, DIM_FF), FC = model_dim(c, DIM_FC);
-    switch (class) {
-    case MEMORY_PARAMETERS:
-        g->params = arena_take(arena, g->layout.num_parameters);
-        return;
-    case MEMORY_GRADIENTS:
-        if (training) g->grads = arena_take(arena, g->layout.num_parameters);
-        return;
-    case MEMORY_MOMENTS:
-        if (training) g->m = arena_take(arena, g->layout.num_parameters);
-        if (training) g->v = arena_take(arena, g->layout.num_parameters);
-        return;
-    case MEMORY_ACTIVATIONS:
-        g->embedded = arena_take(arena, N * C);
-        for (int l = 0; l < c->num_hidden_layers; l++) {
-            LayerActivations* a = &g->layers[l];
-            if (l > 0 && !training) { // without a backward pass, all layers share the first one's memory
-                *a = g->layers[0];
-                continue;
-            }
-            a->ln1 = arena_take(arena, N * C);
-            a->ln1_mean = arena_take(arena, N), a->ln1_rstd = arena_take(arena, N);
-            a->qkv = arena_take(arena, N * QKV);
-            a->att = arena_take(arena, N * Q);
-            a->lse = arena_take(arena, N * (size_t)c->num_attention_heads);
-            a->residual2 = arena_take(arena, N * C);
-            a->ln2 = arena_take(arena, N * C);
-            a->ln2_mean = arena_take(arena, N), a->ln2_rstd = arena_take(arena, N);
-            a->fc = arena_take(arena, N * FC);
-            a->residual3 = arena_take(arena, N * C);
+    g->embedded = arena_take(arena, N * C);
+    for (int l = 0; l < c->num_hidden_layers; l++) {
+        LayerActivations* a = &g->layers[l];
+        if (l > 0 && !training) { // without a backward pass, all layers share the first one's memory
+            *a = g->layers[0];
+            continue;
         }
-        g->lnf = arena_take(arena, N * C);
-        g->lnf_mean = arena_take(arena, N), g->lnf_rstd = arena_take(arena, N);
-        g->losses = arena_take(arena, N);
-        return;
-    case MEMORY_SCRATCH:
-        g->act = arena_take(arena, N * FF);
-        g->hidden = arena_take(arena, N * C);
-        g->logit_rows = N < LOGIT_ROWS ? (int)N : LOGIT_ROWS;
-        g->logits = arena_take(arena, (size_t)g->logit_rows * model_dim(c, DIM_VOCAB));
-        if (c->family->position == POSITION_ROPE) {
-            size_t angles = (size_t)c->max_position_embeddings * (size_t)c->head_dim / 2;
-            g->rope_cos = (float*)(void*)arena_take(arena, angles);
-            g->rope_sin = (float*)(void*)arena_take(arena, angles);
-        }
-        g->attention_scratch = arena_take(arena, elements(attention_scratch_bytes(g->T, c->head_dim)));
-        g->matmul_scratch = arena_take(arena, elements(largest_matmul_scratch(g)));
-        if (g->matmul.compute == MATMUL_BF16)
-            g->head_copy = (uint16_t*)(void*)arena_take(arena, elements(2 * model_dim(c, DIM_VOCAB) * C));
-        if (!training) return;
-        g->dact = arena_take(arena, N * FF);
-        g->dresidual = arena_take(arena, N * C);
-        g->datt = arena_take(arena, N * Q);
-        g->dqkv = arena_take(arena, N * QKV);
-        g->dfc = arena_take(arena, N * FC);
-        return;
-    case NUM_MEMORY_CLASSES:
-        return;
+        a->ln1 = arena_take(arena, N * C);
+        a->ln1_mean = arena_take(arena, N), a->ln1_rstd = arena_take(arena, N);
+        a->qkv = arena_take(arena, N * model_dim(c, DIM_QKV));
+        a->att = arena_take(arena, N * Q);
+        a->lse = arena_take(arena, N * (size_t)c->num_attention_heads);
+        a->residual2 = arena_take(arena, N * C);
+        a->ln2 = arena_take(arena, N * C);
+        a->ln2_mean = arena_take(arena, N), a->ln2_rstd = arena_take(arena, N);
+        a->fc = arena_take(arena, N * model_dim(c, DIM_FC));
+        a->residual3 = arena_take(arena, N * C);
     }
+    g->lnf = arena_take(arena, N * C);
+    g->lnf_mean = arena_take(arena, N), g->lnf_rstd = arena_take(arena, N);
+    g->losses = arena_take(arena, N);
+}
+
+static void lay_out_scratch(GPT* g, Arena* arena, bool training) {
+    const ModelConfig* c = &g->config;
+    size_t N = (size_t)g->B * (size_t)g->T, C = model_dim(c, DIM_HIDDEN), Vp = model_dim(c, DIM_VOCAB);
+    g->act = arena_take(arena, N * model_dim(c, DIM_FF));
+    g->hidden = arena_take(arena, N * C);
+    g->logit_rows = N < LOGIT_ROWS ? (int)N : LOGIT_ROWS;
+    g->logits = arena_take(arena, (size_t)g->logit_rows * Vp);
+    if (c->family->position == POSITION_ROPE) {
+        size_t angles = (size_t)c->max_position_embeddings * (size_t)c->head_dim / 2;
+        g->rope_cos = (float*)(void*)arena_take(arena, angles);
+        g->rope_sin = (float*)(void*)arena_take(arena, angles);
+    }
+    g->attention_scratch = arena_take(arena, elements(attention_scratch_bytes(g->T, c->head_dim)));
+    g->matmul_scratch = arena_take(arena, elements(largest_matmul_scratch(g)));
+    if (g->matmul.compute == MATMUL_BF16)
+        g->head_copy = (uint16_t*)(void*)arena_take(arena, elements(sizeof(uint16_t) * Vp * C));
+    if (!training) return;
+    g->dact = arena_take(arena, N * model_dim(c, DIM_FF));
+    g->dresidual = arena_take(arena, N * C);
+    g->datt = arena_take(arena, N * model_dim(c, DIM_HEADS));
+    g->dqkv = arena_take(arena, N * model_dim(c, DIM_QKV));
+    g->dfc = arena_take(arena, N * model_dim(c, DIM_FC));
+}
+
+// Places every array of one class of memory; `training` adds what only the backward pass and the update need.
+static void lay_out(GPT* g, int memory_class, Arena* arena, bool training) {
+    size_t weights = g->layout.num_parameters;
+    if (memory_class == MEMORY_PARAMETERS) g->params = arena_take(arena, weights);
+    if (memory_class == MEMORY_GRADIENTS && training) g->grads = arena_take(arena, weights);
+    if (memory_class == MEMORY_MOMENTS && training) g->m = arena_take(arena, weights);
+    if (memory_class == MEMORY_MOMENTS && training) g->v = arena_take(arena, weights);
+    if (memory_class == MEMORY_ACTIVATIONS) lay_out_activations(g, arena, training);
+    if (memory_class == MEMORY_SCRATCH) lay_out_scratch(g, arena, training);
 }
 
 // The exact size of each class in bytes, without allocating any of it.
@@ -207,10 +203,10 @@ static void gpt_plan(const ModelConfig* config, int B, int T, int compute, bool 
     GPT g = {
         .config = *config, .layout = parameter_layout(config), .B = B, .T = T, .matmul.compute = compute};
     g.layers = calloc_check((size_t)config->num_hidden_layers, sizeof *g.layers);
-    for (int class = 0; class < NUM_MEMORY_CLASSES; class ++) {
+    for (int i = 0; i < NUM_MEMORY_CLASSES; i++) {
         Arena arena = {0};
-        lay_out(&g, class, &arena, training);
-        bytes[class] = arena.used * sizeof(real);
+        lay_out(&g, i, &arena, training);
+        bytes[i] = arena.used * sizeof(real);
     }
     free(g.layers);
 }
@@ -361,12 +357,12 @@ static void gpt_create(GPT* g, const ModelConfig* config, int B, int T, int comp
     g->layout = parameter_layout(config);
     g->B = B, g->T = T;
     g->layers = calloc_check((size_t)config->num_hidden_layers, sizeof *g->layers);
-    for (int class = 0; class < NUM_MEMORY_CLASSES; class ++) {
+    for (int i = 0; i < NUM_MEMORY_CLASSES; i++) {
         Arena arena = {0};
-        lay_out(g, class, &arena, training);
+        lay_out(g, i, &arena, training);
         if (arena.used == 0) continue;
-        arena = (Arena){g->memory[class] = aligned_zeros(arena.used * sizeof(real)), 0};
-        lay_out(g, class, &arena, training);
+        arena = (Arena){g->memory[i] = aligned_zeros(arena.used * sizeof(real)), 0};
+        lay_out(g, i, &arena, training);
     }
     matmul_init(&g->matmul, compute, g->matmul_scratch, largest_matmul_scratch(g));
     if (g->rope_cos != NULL)
@@ -376,7 +372,7 @@ static void gpt_create(GPT* g, const ModelConfig* config, int B, int T, int comp
 
 static void gpt_free(GPT* g) {
     if (g->layers != NULL) matmul_free(&g->matmul);
-    for (int class = 0; class < NUM_MEMORY_CLASSES; class ++) free(g->memory[class]);
+    for (int i = 0; i < NUM_MEMORY_CLASSES; i++) free(g->memory[i]);
     free(g->layers);
     memset(g, 0, sizeof *g);
 }

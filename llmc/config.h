@@ -248,13 +248,13 @@ static inline bool read_sources(RunConfig* run, const JsonValue* v, Error* err) 
 
 // The model is read on its own, because it may stand in another file.
 static inline bool read_knob(RunConfig* run, const Knob* k, const JsonValue* v, Error* err) {
-    char* field = (char*)run + k->offset;
+    void* field = (char*)run + k->offset;
     double value = 0;
     switch (k->type) {
     case KNOB_BOOL:
         return json_read_bool((bool*)field, v, err);
     case KNOB_TEXT:
-        return json_read_text(field, CONFIG_TEXT, v, err);
+        return json_read_text((char*)field, CONFIG_TEXT, v, err);
     case KNOB_CHOICE:
         return read_choice((int*)field, k->choices, v, err);
     case KNOB_SOURCES:
@@ -312,32 +312,47 @@ static inline cJSON* override_value(const char* text, const Knob* knob) {
     return cJSON_CreateString(text);
 }
 
+// The dot between section and key; NULL: the key is one of the top level.
+static inline const char* override_dot(const char* override) {
+    return (const char*)memchr(override, '.', strcspn(override, "="));
+}
+
 // "section.key=value": the value is JSON if it can be, else text; a knob that is text needs no quotes.
 static inline bool apply_override(ConfigReader* r, const char* override) {
     char section[64] = "", key[64] = "";
     const char* equals = override + strcspn(override, "=");
-    const char* dot = (const char*)memchr(override, '.', (size_t)(equals - override));
+    const char* dot = override_dot(override);
+    const uint8_t *value_begin = (const uint8_t*)equals, *value_end = value_begin + strlen(equals);
     const char* begin = dot != NULL ? dot + 1 : override;
     if (*equals == '\0' || dot == override || begin == equals || equals - override >= (ptrdiff_t)sizeof key ||
         memchr(begin, '.', (size_t)(equals - begin)) != NULL)
         return fail(r->err, EXIT_USAGE, "command line: %.200s: section.key=value is wanted", override);
+    if (utf8_skip(value_begin, value_end) != value_end)
+        return fail(r->err, EXIT_CONFIG, "command line: %.*s: the value is not UTF-8",
+                    (int)(equals - override), override);
     if (dot != NULL) memcpy(section, override, (size_t)(dot - override));
     memcpy(key, begin, (size_t)(equals - begin));
-    bool model = strcmp(section, "model") == 0;
-    if (model && !load_model_section(r)) return false;
     cJSON* object = dot == NULL ? r->root : cJSON_GetObjectItemCaseSensitive(r->root, section);
     if (object == NULL) object = cJSON_AddObjectToObject(r->root, section);
     if (!cJSON_IsObject(object))
         return fail(r->err, EXIT_CONFIG, "command line: %.200s: %s is not an object in %s", override, section,
                     r->source.name);
-    if (dot == NULL && strcmp(key, "model") == 0) free(r->model_text), r->model_text = NULL;
     cJSON* value = override_value(equals + 1, find_knob(section, key));
-    if (model && model_key_alias(key) != NULL)
+    if (strcmp(section, "model") == 0 && model_key_alias(key) != NULL)
         cJSON_DeleteItemFromObjectCaseSensitive(object, model_key_alias(key));
     cJSON_DeleteItemFromObjectCaseSensitive(object, key);
     cJSON_AddItemToObject(object, key, value);
     JsonValue v = json_member(&r->source, section, object, key);
     return json_check_keys(value, v.path, &r->source, r->err);
+}
+
+// Keys of the top level come first: model=PATH is the ground for model.key=value, in whichever order they are.
+static inline bool apply_overrides(ConfigReader* r, bool dotted) {
+    bool ok = true;
+    for (int i = 0; i < r->source.num_overrides && ok; i++)
+        if ((override_dot(r->source.overrides[i]) != NULL) == dotted)
+            ok = apply_override(r, r->source.overrides[i]);
+    return ok;
 }
 
 // ----------------------------------------------------------------------------
@@ -460,6 +475,13 @@ static inline bool check_rules(const ConfigReader* r, RunConfig* run) {
     if (run->schedule.warmup_steps > run->schedule.max_steps)
         return fail_rule(r, "schedule", "warmup_steps", "at most schedule.max_steps, %d, is possible",
                          run->schedule.max_steps);
+    int decay = run->schedule.type == SCHEDULE_WSD
+                    ? (int)(run->schedule.decay_fraction * run->schedule.max_steps)
+                    : 0;
+    if (run->schedule.warmup_steps > run->schedule.max_steps - decay)
+        return fail_rule(r, "schedule", "warmup_steps", "the decay, %g of %d steps, leaves at most %d for it",
+                         run->schedule.decay_fraction, run->schedule.max_steps,
+                         run->schedule.max_steps - decay);
     int every = run->checkpoint.every, permanent = run->checkpoint.permanent_every;
     if (permanent > 0 && (every == 0 || permanent % every != 0))
         return fail_rule(r, "checkpoint", "permanent_every", "it must be a multiple of checkpoint.every, %d",
@@ -488,10 +510,10 @@ static inline bool config_parse(RunConfig* run, const char* text, size_t size, c
     r.source.num_overrides = num_overrides, r.source.overrides = overrides;
     r.err = err;
     r.root = json_parse_object(copy, &r.source, err);
-    bool ok = r.root != NULL;
-    for (int i = 0; i < num_overrides && ok; i++) ok = apply_override(&r, overrides[i]);
-    ok = ok && load_model_section(&r) && set_defaults(run, err) && read_keys(&r, run, r.root, "") &&
-         check_required(&r) && read_model(&r, run) && check_rules(&r, run);
+    bool ok =
+        r.root != NULL && apply_overrides(&r, false) && load_model_section(&r) && apply_overrides(&r, true);
+    ok = ok && set_defaults(run, err) && read_keys(&r, run, r.root, "") && check_required(&r) &&
+         read_model(&r, run) && check_rules(&r, run);
     cJSON_Delete(r.root);
     free(r.model_text);
     free(copy);

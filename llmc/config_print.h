@@ -36,7 +36,7 @@ static inline void append_model(String* out, const ModelConfig* model) {
 
 // A knob's value as JSON
 static inline void append_knob(String* out, const RunConfig* run, const Knob* k) {
-    const char* field = (const char*)run + k->offset;
+    const void* field = (const char*)run + k->offset;
     switch (k->type) {
     case KNOB_INT:
         string_append(out, "%d", *(const int*)field);
@@ -51,7 +51,7 @@ static inline void append_knob(String* out, const RunConfig* run, const Knob* k)
         string_append(out, "%s", *(const bool*)field ? "true" : "false");
         return;
     case KNOB_TEXT:
-        json_append_string(out, field);
+        json_append_string(out, (const char*)field);
         return;
     case KNOB_CHOICE:
         append_choice(out, k->choices, *(const int*)field);

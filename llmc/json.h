@@ -1,6 +1,6 @@
 // JSON for run configs and small files, on top of cJSON: comments, lines for messages, typed values, and text
-// escaped for what we write. cJSON itself knows no positions and cuts a string at \u0000: the text is looked at
-// before it is parsed, and walked again for a line only when there is something to complain about.
+// escaped for what we write. cJSON itself knows no positions and cuts a string at \u0000: the text is looked
+// at before it is parsed, and walked again for a line only when there is something to complain about.
 //
 // Limits: 1 MiB, 32 levels of nesting, 1,000 keys an object. cJSON is given text that ends in a NUL, never a
 // length: parsing by length has read past the end (its issues 775 and 804; Debian 12 has version 1.7.15).
@@ -8,6 +8,7 @@
 #include <cjson/cJSON.h>
 #include <math.h>
 
+#include "llmc/utf8.h"  // defines: utf8_sequence, utf8_skip
 #include "llmc/utils.h" // defines: Error, fail, String
 
 enum { JSON_MAX_BYTES = 1 << 20, JSON_MAX_DEPTH = 32, JSON_MAX_KEYS = 1000 };
@@ -15,9 +16,12 @@ enum { JSON_MAX_BYTES = 1 << 20, JSON_MAX_DEPTH = 32, JSON_MAX_KEYS = 1000 };
 // ----------------------------------------------------------------------------
 // writing
 
+// A text in quotes. JSON is UTF-8: each byte that is not becomes U+FFFD.
 static inline void json_append_string(String* out, const char* text) {
+    const uint8_t *c = (const uint8_t*)text, *end = c + strlen(text);
     string_append_bytes(out, "\"", 1);
-    for (const unsigned char* c = (const unsigned char*)text; *c != '\0'; c++) {
+    while (c < end) {
+        size_t n = utf8_sequence(c, end);
         if (*c == '"' || *c == '\\')
             string_append(out, "\\%c", *c);
         else if (*c == '\n')
@@ -25,7 +29,8 @@ static inline void json_append_string(String* out, const char* text) {
         else if (*c < 32 || *c == 127)
             string_append(out, "\\u%04x", *c);
         else
-            string_append_bytes(out, c, 1);
+            string_append_bytes(out, n != 0 ? c : (const uint8_t*)"\xEF\xBF\xBD", n != 0 ? n : 3);
+        c += n != 0 ? n : 1;
     }
     string_append_bytes(out, "\"", 1);
 }
@@ -99,6 +104,18 @@ static inline int json_depth(const char* text, size_t size) {
         deepest = depth > deepest ? depth : deepest;
     }
     return deepest;
+}
+
+// Where a text begins that has no closing quote before its line ends; size if all have.
+static inline size_t json_find_unclosed(const char* text, size_t size) {
+    for (size_t i = 0; i < size; i++) {
+        size_t begin = i;
+        if (text[i] != '"') continue;
+        for (i++; i < size && text[i] != '"' && text[i] != '\n'; i++)
+            if (text[i] == '\\') i++;
+        if (i >= size || text[i] == '\n') return begin;
+    }
+    return size;
 }
 
 // Where a string holds the character NUL as \u0000, at which cJSON's strings would end; size if none does.
@@ -176,6 +193,7 @@ static inline JsonValue json_member(const JsonSource* source, const char* path, 
     memcpy(v.path, path, n);
     if (n > 0) v.path[n++] = '.';
     strncpy(v.path + n, key, sizeof v.path - 1 - n);
+    replace_controls(v.path);
     return v;
 }
 
@@ -218,6 +236,14 @@ static inline void json_append_where(String* out, const JsonValue* v) {
     string_append(out, " %s", path);
 }
 
+// The size of a text cut to at most n bytes, of which the last does not begin a character.
+static inline size_t json_cut(const char* text, size_t n) {
+    size_t size = strnlen(text, n + 1);
+    if (size <= n) return size;
+    while (n > 0 && ((unsigned char)text[n] & 0xC0) == 0x80) n--;
+    return n;
+}
+
 // What a value looks like: at most 60 bytes of its JSON.
 static inline void json_append_shown(String* out, const cJSON* item) {
     char number[40];
@@ -228,7 +254,7 @@ static inline void json_append_shown(String* out, const cJSON* item) {
     }
     char* text = cJSON_PrintUnformatted(item);
     CHECK(text != NULL);
-    string_append(out, "%.60s%s", text, strlen(text) > 60 ? "..." : "");
+    string_append(out, "%.*s%s", (int)json_cut(text, 60), text, strlen(text) > 60 ? "..." : "");
     cJSON_free(text);
 }
 
@@ -337,6 +363,13 @@ static inline bool json_check_keys(const cJSON* node, const char* path, const Js
     return true;
 }
 
+// How much of text from position at on to show in a message: at most 24 bytes, up to the line's end.
+static inline size_t json_shown(const char* text, size_t size, size_t at) {
+    size_t n = 0;
+    while (at + n < size && n <= 24 && (unsigned char)text[at + n] >= 32) n++;
+    return n <= 24 ? n : json_cut(text + at, 24);
+}
+
 // Blanks comments, and finds what cJSON would not notice or would choke on.
 static inline bool json_prepare(char* text, size_t size, const char* name, Error* err) {
     if (size > JSON_MAX_BYTES)
@@ -350,6 +383,15 @@ static inline bool json_prepare(char* text, size_t size, const char* name, Error
     if (at < size)
         return fail(err, EXIT_CONFIG, "%s:%d: a NUL character; a config is text", name,
                     json_line_at(text, at));
+    at = (size_t)(utf8_skip((const uint8_t*)text, (const uint8_t*)text + size) - (const uint8_t*)text);
+    if (at < size)
+        return fail(err, EXIT_CONFIG, "%s:%d: byte 0x%02x is not UTF-8", name, json_line_at(text, at),
+                    (unsigned char)text[at]);
+    at = json_find_unclosed(text, size);
+    if (at < size)
+        return fail(err, EXIT_CONFIG,
+                    "%s:%d: the text that begins with %.*s has no closing quote in its line", name,
+                    json_line_at(text, at), (int)json_shown(text, size, at), text + at);
     if (json_depth(text, size) > JSON_MAX_DEPTH)
         return fail(err, EXIT_CONFIG, "%s: objects and arrays are nested more than %d deep", name,
                     JSON_MAX_DEPTH);
@@ -360,14 +402,12 @@ static inline bool json_prepare(char* text, size_t size, const char* name, Error
 static inline void fail_syntax(const char* text, size_t size, size_t at, const char* name, Error* err) {
     size_t before = at > 0 ? at - 1 : 0;
     while (before > 0 && json_is_space(text[before - 1])) before--;
-    if (at > 0 && (text[at - 1] == '"' || (text[at - 1] == '}' && before > 0 && text[before - 1] == ',')))
-        at--;
+    bool comma = at > 0 && text[at - 1] == '}' && before > 0 && text[before - 1] == ',';
+    if (comma || (at > 0 && text[at - 1] == '"')) at--;
     while (at < size && json_is_space(text[at])) at++;
-    size_t shown = 0;
-    while (shown < 24 && at + shown < size && (unsigned char)text[at + shown] >= 32) shown++;
     if (at < size)
-        fail(err, EXIT_CONFIG, "%s:%d: not JSON from here on: %.*s", name, json_line_at(text, at), (int)shown,
-             text + at);
+        fail(err, EXIT_CONFIG, "%s:%d: not JSON from here on: %.*s%s", name, json_line_at(text, at),
+             (int)json_shown(text, size, at), text + at, comma ? " (a comma too many before it)" : "");
     else
         fail(err, EXIT_CONFIG, "%s:%d: the file ends inside an object, an array or a string", name,
              json_line_at(text, size));

@@ -172,7 +172,7 @@ static inline void rope_backward(real* dqkv, const float* cos_table, const float
 
 // ----------------------------------------------------------------------------
 // activation
-//   GELU (tanh form)  out = x * sigmoid(2 u), u = sqrt(2/pi) (x + 0.044715 x^3): (1 + tanh u) / 2 = sigmoid(2 u)
+//   GELU (tanh form)  out = x (1 + tanh u) / 2 = x * sigmoid(2 u), u = sqrt(2/pi) (x + 0.044715 x^3)
 //   SwiGLU            out = gate * sigmoid(gate) * up
 // Source: Hendrycks and Gimpel, 2016; Shazeer, 2020.
 

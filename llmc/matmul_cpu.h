@@ -1,6 +1,6 @@
 // Matrix products of the CPU reference: oneDNN's matmul primitive (-DUSE_DNNL), or plain C of the same
 // results within rounding; operands in fp32, or rounded to bf16 with the sum in fp32. A linear layer is
-//     out = inp weight^T + bias        dinp = dout weight        dweight += dout^T inp        dbias += colsum(dout)
+//     out = inp weight^T + bias      dinp = dout weight      dweight += dout^T inp      dbias += colsum(dout)
 // with inp (N, C), weight (OC, C), out (N, OC), all row-major.
 //
 // A Matmul stands where a CUDA layer has its stream: precision, scratch memory, the primitives made so far.
@@ -52,7 +52,7 @@ typedef struct {
 } Operand;
 
 // ----------------------------------------------------------------------------
-// the plain product: blocks packed to be contiguous and zero-padded, then tile_multiply
+// the plain product: blocks packed to be contiguous, then tile_multiply
 
 enum { PLAIN_M = 128, PLAIN_N = 256, PLAIN_K = 256, PANEL_N = TILE_VECS * LANES };
 enum { PLAIN_PACK = (PLAIN_M + PLAIN_N) * PLAIN_K };
@@ -225,8 +225,8 @@ static inline bool gemm_dnnl(real* c, Operand a, Operand b, const real* bias, in
                              bool accumulate, Matmul* mm) {
     MatmulPrimitive shape;
     memset(&shape, 0, sizeof shape);
-    shape.M = M, shape.N = N, shape.K = K, shape.a_transposed = a.transposed,
-    shape.b_transposed = b.transposed;
+    shape.M = M, shape.N = N, shape.K = K;
+    shape.a_transposed = a.transposed, shape.b_transposed = b.transposed;
     shape.accumulate = accumulate, shape.has_bias = bias != NULL;
     MatmulPrimitive* p = matmul_primitive(mm, &shape);
     if (p->primitive == NULL) return false;

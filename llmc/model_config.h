@@ -1,9 +1,9 @@
 // ModelConfig from Hugging Face's config.json (GPT-2's spelling included) and back.
 //
 // Every key that such a file may hold is in one of these tables: model_keys set a field, ruled_model_keys
-// have a function (rope_keys stand in rope_scaling), and other_model_keys must have the value that this program
-// computes with, or do not matter to it. In a run config's own model section any other key is an error; in
-// somebody else's config.json it is named in a note. Families' defaults: model.h.
+// have a function (rope_keys stand in rope_scaling), and other_model_keys must have the value that this
+// program computes with, or do not matter to it. In a run config's own model section any other key is an
+// error; in somebody else's config.json it is named in a note. Families' defaults: model.h.
 #pragma once
 #include "llmc/json.h"  // defines: JsonSource, JsonValue, json_*, fail_at, fail_value, nearest_name
 #include "llmc/model.h" // defines: ModelConfig, ModelFamily, model_families, model_num_parameters
@@ -80,8 +80,8 @@ enum { NUM_ROPE_KEYS = sizeof rope_keys / sizeof rope_keys[0] };
 static const char* const rope_scaling_names[] = {"default", "linear", "llama3"}; // by RopeScaling
 
 // Keys that would change what is computed if they had another value than this one; NULL: they never do.
-// Dropout is not implemented, as recent models do without: it must be 0 in a run config, and does not matter in
-// a config.json, whose model was trained elsewhere.
+// Dropout is not implemented, as recent models do without: it must be 0 in a run config, and does not matter
+// in a config.json, whose model was trained elsewhere.
 static const struct {
     const char *key, *value;
     const char* dropout_of; // model types that have this dropout
@@ -131,7 +131,7 @@ static inline bool family_has_key(const ModelFamily* family, const ModelKey* k) 
 // ----------------------------------------------------------------------------
 // keys that set fields
 
-// Of a list of tokens, which instruction-tuned models have as eos_token_id, the first; a run config gives one.
+// The first of a list of tokens, which instruction-tuned models have as eos_token_id; a run config gives one.
 static inline bool first_token(ModelReader* r, JsonValue* v) {
     if (r->notes == NULL) return fail_value(r->err, v, "one token is wanted");
     add_note(r->notes, v, ": only the first token of the list is used");
@@ -142,7 +142,7 @@ static inline bool first_token(ModelReader* r, JsonValue* v) {
 // Stores a value in the field at base + offset.
 static inline bool read_field(void* base, size_t offset, enum ModelKeyType type, double min, double max,
                               const JsonValue* v, Error* err) {
-    char* field = (char*)base + offset;
+    void* field = (char*)base + offset;
     double value = 0;
     if (type == MODEL_BOOL) return json_read_bool((bool*)field, v, err);
     if (!json_read_number(&value, v, type != MODEL_NUMBER, min, max, err)) return false;
@@ -241,7 +241,7 @@ static inline bool read_sliding_window(ModelReader* r, const JsonValue* v) {
         return true; // use_sliding_window
     if (!json_read_number(&window, v, true, 1, 1 << 24, r->err)) return false;
     if (window >= *positions) return true;
-    if (r->notes == NULL)
+    if (r->notes == NULL || json_is_overridden(r->source, "model.max_position_embeddings"))
         return fail_value(r->err, v,
                           "attention here has no window: set it to null, or max_position_embeddings to it");
     *positions = (int)window;
@@ -280,6 +280,16 @@ static inline bool read_ruled_keys(ModelReader* r) {
 // ----------------------------------------------------------------------------
 // all other keys
 
+// The other spelling of a key that GPT-2 names differently; NULL: there is none.
+static inline const char* model_key_alias(const char* key) {
+    for (int i = 0; i < NUM_MODEL_KEYS; i++) {
+        if (model_keys[i].gpt2 == NULL) continue;
+        if (strcmp(key, model_keys[i].key) == 0) return model_keys[i].gpt2;
+        if (strcmp(key, model_keys[i].gpt2) == 0) return model_keys[i].key;
+    }
+    return NULL;
+}
+
 // Is it a key of this family, in any table? Otherwise *nearest becomes the most similar one that is.
 static inline bool model_key_known(const ModelFamily* family, const char* key, const char** nearest) {
     *nearest = "model_type";
@@ -313,8 +323,9 @@ static inline bool read_other_key(ModelReader* r, const JsonValue* v, String* un
     if (model_key_known(r->model->family, key, &nearest)) return true;
     if (strict)
         return fail_at(r->err, v, ": unknown key for a %s model; did you mean %s?",
-                       r->model->family->model_type, nearest);
-    string_append(unknown, "%s%s", unknown->size != 0 ? ", " : "", key);
+                       r->model->family->model_type,
+                       model_key_alias(key) != NULL ? model_key_alias(key) : nearest);
+    string_append(unknown, "%s%s", unknown->size != 0 ? ", " : "", json_path_in_text(v));
     return true;
 }
 
@@ -329,16 +340,6 @@ static inline bool read_other_keys(ModelReader* r) {
         string_append(r->notes, "note: %s: unknown keys, ignored: %s\n", r->source->name, unknown.data);
     free(unknown.data);
     return ok;
-}
-
-// The other spelling of a key that GPT-2 names differently; NULL: there is none.
-static inline const char* model_key_alias(const char* key) {
-    for (int i = 0; i < NUM_MODEL_KEYS; i++) {
-        if (model_keys[i].gpt2 == NULL) continue;
-        if (strcmp(key, model_keys[i].key) == 0) return model_keys[i].gpt2;
-        if (strcmp(key, model_keys[i].gpt2) == 0) return model_keys[i].key;
-    }
-    return NULL;
 }
 
 // ----------------------------------------------------------------------------
@@ -409,8 +410,8 @@ static inline bool complete_model(ModelReader* r) {
 // of its own. notes: lines about what is ignored in somebody else's file; NULL: nothing may be.
 static inline bool model_config_from_json(ModelConfig* c, const cJSON* object, const JsonSource* source,
                                           const char* path, String* notes, Error* err) {
-    ModelReader r = {c, source, path, object, notes, err};
     memset(c, 0, sizeof *c);
+    ModelReader r = {c, source, path, object, notes, err};
     if (!read_family(&r)) return false;
     set_family_defaults(c);
     return read_other_keys(&r) && read_model_keys(&r) && read_ruled_keys(&r) && complete_model(&r);
@@ -436,7 +437,7 @@ static inline bool model_config_load(ModelConfig* c, const char* path, Error* er
 // writing
 
 static inline void append_field(String* out, const void* base, size_t offset, enum ModelKeyType type) {
-    const char* field = (const char*)base + offset;
+    const void* field = (const char*)base + offset;
     if (type == MODEL_BOOL)
         string_append(out, "%s", *(const bool*)field ? "true" : "false");
     else if (type == MODEL_NUMBER)

@@ -51,6 +51,12 @@ typedef struct {
     char text[960]; // one sentence: what, where, the rule, the remedy
 } Error;
 
+// Bytes of somebody else's text that would move a terminal's cursor, or worse, become '?'.
+static inline void replace_controls(char* text) {
+    for (; *text != '\0'; text++)
+        if ((unsigned char)*text < 32 || *text == 127) *text = '?';
+}
+
 // Fills err (the first failure wins, later ones are consequences) and returns false, so that callers can
 // write `return fail(err, EXIT_BAD_DATA, "...")`.
 __attribute__((format(printf, 3, 4))) static inline bool fail(Error* err, int code, const char* format, ...) {
@@ -60,6 +66,7 @@ __attribute__((format(printf, 3, 4))) static inline bool fail(Error* err, int co
     va_start(args, format);
     vsnprintf(err->text, sizeof err->text, format, args);
     va_end(args);
+    replace_controls(err->text);
     return false;
 }
 

@@ -2,8 +2,8 @@
 // usage: bench_dataloader [ROWS]     default 200,000 rows of 1,025 tokens a measurement
 //
 // The baseline is memcpy of as many bytes as a row's tokens become (4 a token) from scattered places of a
-// buffer as large as a 32-bit shard, in the same run: the speed that no copy can exceed. The shard, 1e8 tokens
-// in TMPDIR or /tmp, is in the page cache except in the row that says so. Best of several rounds.
+// buffer as large as a 32-bit shard, in the same run: the speed that no copy can exceed. The shard (1e8
+// tokens, in TMPDIR or /tmp) is in the page cache except in the row that says so. Best of several rounds.
 #include "llmc/utils.h"            // defines: seconds_now, malloc_check
 #include "dev/data/shard_writer.h" // defines: ShardWriter, shard_writer_*
 #include "llmc/dataloader.h"       // defines: DataLoader, dataloader_*, Prefetch, prefetch_*

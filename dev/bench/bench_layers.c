@@ -3,7 +3,7 @@
 // measured in the same run: fused multiply-adds in registers (GFLOP/s) or a stream that reads two arrays and
 // writes one (GB/s). Then the sum over a training step.
 //
-//     build/bench_layers [B T]          default 4 256; OMP_NUM_THREADS decides the threads
+//     build/bench/bench_layers [B T]        default 4 256; OMP_NUM_THREADS decides the threads
 #include "llmc/layers_cpu.h"    // defines: every layer
 #include "llmc/optimizer_cpu.h" // defines: adamw_update, global_norm_squared
 #include "llmc/rand.h"          // defines: random_uniform, RANDOM_SAMPLE

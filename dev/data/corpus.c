@@ -25,7 +25,7 @@ enum { BATCH_BYTES = 32 << 20, UNIT_BYTES = 256 << 10 };
 // options: one value for each, whichever commands take it
 
 enum { BPE = 1, ENCODE = 2, INFO = 4, VERIFY = 8, DECODE = 16, CONVERT = 32 };
-static const uint64_t NOT_GIVEN = UINT64_MAX;
+#define NOT_GIVEN UINT64_MAX
 
 static struct {
     uint64_t vocab_size, threads, seed, shard_tokens, document, start, count, eot;
@@ -34,10 +34,10 @@ static struct {
     bool force;
     StringList specials;
 } given = {.shard_tokens = 100000000,
-           .document = UINT64_MAX,
-           .start = UINT64_MAX,
+           .document = NOT_GIVEN,
+           .start = NOT_GIVEN,
            .count = 256,
-           .eot = UINT64_MAX,
+           .eot = NOT_GIVEN,
            .pattern = "gpt2",
            .width = "auto",
            .field = "text",

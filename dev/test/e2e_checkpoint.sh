@@ -171,7 +171,7 @@ full_filesystem() { # mount options, what the message must say
 power_cuts() {
     local step found
     for step in 20 30 40; do
-        mkfs.ext4 -q -F "$work/disk" 24M && mount -o loop "$work/disk" "$work/small" || return 1
+        mkfs.ext4 -q -F "$work/disk" 24M >/dev/null 2>&1 && mount -o loop "$work/disk" "$work/small" || return 1
         "$driver" save "$work/small/run" 10 1 && sync && "$driver" save "$work/small/run" $step 1
         cp "$work/disk" "$work/cut"
         umount "$work/small"
@@ -221,7 +221,7 @@ if mount -t tmpfs -o size=64k tmpfs "$work/small" 2>/dev/null && umount "$work/s
 else
     skip_test "a full filesystem" "mount is not permitted here"
 fi
-if mkfs.ext4 -q -F "$work/disk" 24M 2>/dev/null && mount -o loop "$work/disk" "$work/small" 2>/dev/null; then
+if mkfs.ext4 -q -F "$work/disk" 24M >/dev/null 2>&1 && mount -o loop "$work/disk" "$work/small" 2>/dev/null; then
     umount "$work/small"
     check "power cuts behind a save: the new step is on the disk" power_cuts
 else

@@ -7,8 +7,12 @@
 
 // The code under test reads and writes through these, which may do less than they are asked to.
 static bool shy_io;
+static void (*before_read)(void); // called once, if it is set
 static ssize_t shy_read(int fd, void* data, size_t n) {
     static unsigned calls;
+    void (*once)(void) = before_read;
+    before_read = NULL;
+    if (once != NULL) once();
     if (!shy_io) return read(fd, data, n);
     if (++calls % 7 == 0) return errno = EINTR, -1;
     return read(fd, data, n > 41 ? 41 : n);
@@ -236,6 +240,23 @@ static void test_lock(void** state) {
     int second = directory_lock(run, 0, &err);
     assert_true(second >= 0);
     close(second);
+}
+
+static void prune_step_20(void) { rename(in_run("step_00000020"), in_run("step_00000020.delete")); }
+
+// A checkpoint that another process removes while it is being read was not damaged: look again at what there is.
+static void test_removed_while_read(void** state) {
+    (void)state;
+    Error err;
+    before_read = prune_step_20;
+    assert_int_equal(load(&err), 10);
+    assert_true(weights_equal(&loaded, &saved[0]));
+    assert_false(exists("step_00000020.bad"));
+    before_read = prune_step_20; // a name that is not there: nothing happens
+    assert_int_equal(load(&err), 10);
+    rename(in_run("step_00000010"), in_run("step_00000020"));
+    before_read = prune_step_20;
+    assert_int_equal(load(&err), 0); // nothing is left, and nothing was damaged
 }
 
 // ----------------------------------------------------------------------------
@@ -599,6 +620,7 @@ int main(void) {
         ON_A_RUN(test_retention),
         ON_A_RUN(test_leftovers),
         ON_A_RUN(test_lock),
+        ON_A_RUN(test_removed_while_read),
         ON_A_RUN(test_every_header_byte),
         ON_A_RUN(test_payload_bytes),
         ON_A_RUN(test_wrong_files),

@@ -45,7 +45,8 @@ static void expect(const char* text, size_t size, char* override, const char* me
     bool ok = config_parse(&run, text, size, "run.json", override != NULL, &override, &err);
     if (ok) fail_msg("accepted, but should say: %s", message);
     assert_string_equal(err.text, message);
-    assert_true(err.code == EXIT_CONFIG || err.code == EXIT_USAGE);
+    assert_int_equal(err.code,
+                     strstr(message, ": section.key=value is wanted") != NULL ? EXIT_USAGE : EXIT_CONFIG);
 }
 
 // ----------------------------------------------------------------------------
@@ -67,17 +68,19 @@ static const struct {
     {"\"eos_token_id\": 99", "\"mlp_biass\": true",
      "run.json:11: model.mlp_biass: unknown key for a llama model; did you mean mlp_bias?"},
     {"\"eos_token_id\": 99", "\"n_embd\": 48",
-     "run.json:11: model.n_embd: unknown key for a llama model; did you mean head_dim?"},
+     "run.json:11: model.n_embd: unknown key for a llama model; did you mean hidden_size?"},
     {"\"sequence_length\": 32", "\"micro_batch_size\": 32",
      "run.json:15: batch.micro_batch_size is given twice, again in line 16"},
     {"\"log\"", "\"seed\": 1,\n \"seed\": 1, \"log\"", "run.json:21: seed is given twice, again in line 22"},
     {"\"t_*.bin\"", "[{\"name\": \"a\", \"name\": \"b\", \"path\": \"c\"}]",
      "run.json:13: data.train.name is given twice"},
     {"\"micro_batch_size\": 4,", "",
-     "run.json:14: batch.micro_batch_size is missing; it has no default: sequences in one forward and backward pass "
+     "run.json:14: batch.micro_batch_size is missing; it has no default: sequences in one forward "
+     "and backward pass "
      "(B)"},
     {"\"train\": \"t_*.bin\",", "",
-     "run.json:13: data.train is missing; it has no default: token shards to train on; several sources are mixed by "
+     "run.json:13: data.train is missing; it has no default: token shards to train on; several "
+     "sources are mixed by "
      "weight"},
     {"\"model\"", "\"sample\": {\"model\": 1}, \"model\"",
      "run.json:2: sample.model: unknown key; did you mean model?"},
@@ -132,6 +135,8 @@ static const struct {
      "run.json:16: batch.sequence_length is 65; at most model.max_position_embeddings, 64, is possible"},
     {"\"warmup_steps\": 10", "\"warmup_steps\": 101",
      "run.json:20: schedule.warmup_steps is 101; at most schedule.max_steps, 100, is possible"},
+    {"\"warmup_steps\": 10", "\"warmup_steps\": 71, \"type\": \"wsd\", \"decay_fraction\": 0.3",
+     "run.json:20: schedule.warmup_steps is 71; the decay, 0.3 of 100 steps, leaves at most 70 for it"},
     {"\"log\"", "\"checkpoint\": {\"every\": 20, \"permanent_every\": 50}, \"log\"",
      "run.json:21: checkpoint.permanent_every is 50; it must be a multiple of checkpoint.every, 20"},
     {", \"validation\": \"v.bin\"", "}, \"eval\": {\"every\": 10",
@@ -145,7 +150,8 @@ static const struct {
     {"\"model_type\": \"llama\",", "",
      "run.json:2: model.model_type is missing; gpt2, llama, mistral or qwen2 is wanted"},
     {"\"hidden_size\": 48", "\"hidden_size\": 50",
-     "run.json:5: model.hidden_size is 50; it must be a multiple of num_attention_heads, 4, or head_dim be given"},
+     "run.json:5: model.hidden_size is 50; it must be a multiple of num_attention_heads, 4, or "
+     "head_dim be given"},
     {"\"hidden_size\": 48", "\"hidden_size\": 20",
      "run.json:5: model.hidden_size makes heads of 5; rotary positions turn pairs, so that must be even"},
     {"\"eos_token_id\": 99", "\"head_dim\": 7",
@@ -180,11 +186,21 @@ static const struct {
     {"\"eos_token_id\": 99", "\"rope_scaling\": {\"factor\": 2.0}",
      "run.json:11: model.rope_scaling.factor: not a key of rope_type default"},
     {"\"eos_token_id\": 99",
-     "\"rope_scaling\": {\"rope_type\": \"llama3\", \"factor\": 8, \"low_freq_factor\": 4, \"high_freq_factor\": 4, "
+     "\"rope_scaling\": {\"rope_type\": \"llama3\", \"factor\": 8, \"low_freq_factor\": 4, "
+     "\"high_freq_factor\": 4, "
      "\"original_max_position_embeddings\": 32}",
      "run.json:11: model.rope_scaling: high_freq_factor 4 must be above low_freq_factor 4"},
     {"\"eos_token_id\": 99", "\"rope_theta\": 5, \"rope_parameters\": {\"rope_theta\": 6}",
-     "run.json:11: model.rope_theta is 5; model.rope_parameters.rope_theta has another value: give one of them"},
+     "run.json:11: model.rope_theta is 5; model.rope_parameters.rope_theta has another value: give "
+     "one of them"},
+    {"\"eos_token_id\": 99",
+     "\"rope_scaling\": {\"type\": \"linear\", \"factor\": 2}, \"rope_parameters\": {}",
+     "run.json:11: model.rope_parameters: rope_scaling and rope_parameters are two names of one thing; give one"},
+    {"\"eos_token_id\": 99",
+     "\"rope_scaling\": {\"type\": \"linear\", \"factor\": 2, \"attention_factor\": 1}",
+     "run.json:11: model.rope_scaling.attention_factor: not a key of rope_type linear"},
+    {"\"llama\"", "\"gpt2\", \"rope_scaling\": null",
+     "run.json:3: model.rope_scaling: unknown key for a gpt2 model; did you mean vocab_size?"},
     {"\"llama\"", "\"mistral\", \"sliding_window\": 63",
      "run.json:3: model.sliding_window is 63; attention here has no window: set it to null, or "
      "max_position_embeddings to it"},
@@ -200,11 +216,28 @@ static const struct {
      "run.json:20: not JSON from here on: \"warmup_steps\": 10},"},
     {"\"max_steps\": 100,", "\"max_steps\": NaN,",
      "run.json:20: not JSON from here on: NaN, \"warmup_steps\": 10}"},
-    {"\"run\"}", "\"run\",}", "run.json:21: not JSON from here on: }"},
+    {"\"run\"}", "\"run\",}", "run.json:21: not JSON from here on: } (a comma too many before it)"},
+    {"\"micro_batch_size\": 4", "\"micro_batch_size\": [4,\n]", "run.json:16: not JSON from here on: ],"},
+    {"\"max_steps\": 100", "\"max_steps\": +100",
+     "run.json:20: not JSON from here on: +100, \"warmup_steps\": 10"},
+    {"\"max_steps\": 100", "\"max_steps\": 0x64",
+     "run.json:20: not JSON from here on: x64, \"warmup_steps\": 10"},
+    {"\"run\"", "\"\\ud800\"", "run.json:21: not JSON from here on: \\ud800\"}"},
+    {"\"run\"", "\"r\xE9\"", "run.json:21: byte 0xe9 is not UTF-8"},
+    {"\"v.bin\"", "\"v.bin",
+     "run.json:13: the text that begins with \"v.bin}, has no closing quote in its line"},
     {"\"run\"", "'run'", "run.json:21: not JSON from here on: 'run'}"},
     {"\"run\"}\n}", "\"run\"}\n} more", "run.json:22: not JSON from here on: more"},
     {"\"run\"}\n}", "\"run\"}", "run.json:22: the file ends inside an object, an array or a string"},
-    {"\"run\"", "\"run", "run.json:21: not JSON from here on: \"run}"},
+    {"\"run\"", "\"run", "run.json:21: the text that begins with \"run} has no closing quote in its line"},
+    {"\"log\"", "\"\\u001b[2J\": 1, \"log\"", "run.json: ?[2J: unknown key; did you mean log?"},
+    {"\"log\"", "\"data\\u007f\": 1, \"log\"", "run.json: data?: unknown key; did you mean data?"},
+    {"\"run\"}",
+     "[\"\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9"
+     "\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\"]}",
+     "run.json:21: log.run_dir is [\"\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9"
+     "\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9...; text in quotes is "
+     "wanted"},
     {"\"batch\"", "/* \"batch\"", "run.json:14: the comment that begins here has no end (*/)"},
 };
 
@@ -230,9 +263,9 @@ static void other_texts_are_not_configs(void** state) {
         {"\n[1]", "run.json:2: the top level must be an object, { ... }"},
         {"\"text\"", "run.json:1: the top level must be an object, { ... }"},
         {"\xEF\xBB\xBF{}", "run.json:1: begins with a byte order mark; save it as UTF-8 without one"},
-        {"{}",
-         "run.json: model is missing; it has no default: the keys of a Hugging Face `config.json`, or the path "
-         "of one, which `model.key=value` then changes"},
+        {"{}", "run.json: model is missing; it has no default: the keys of a Hugging Face `config.json`, "
+               "or the path "
+               "of one, which `model.key=value` then changes"},
         {"seed: 1", "run.json:1: not JSON from here on: seed: 1"},
         {"{\"model\": \"absent/config.json\"}", "run.json:1: model is \"absent/config.json\"; cannot open "
                                                 "absent/config.json: No such file or directory"},
@@ -273,10 +306,10 @@ static void models_of_absurd_size_are_refused(void** state) {
     char* longer =
         replaced(layers, "\"max_position_embeddings\": 64", "\"max_position_embeddings\": 16777216");
     char* tokens = replaced(longer, "\"sequence_length\": 32", "\"sequence_length\": 16777216");
-    expect(
-        tokens, strlen(tokens), NULL,
-        "run.json:15: batch.micro_batch_size is 4; with sequence_length 16777216 this model would need more than "
-        "2^50 bytes");
+    expect(tokens, strlen(tokens), NULL,
+           "run.json:15: batch.micro_batch_size is 4; with sequence_length 16777216 this model would "
+           "need more than "
+           "2^50 bytes");
     free(layers), free(vast), free(longer), free(tokens);
 }
 
@@ -353,6 +386,7 @@ static void overrides_win(void** state) {
     assert_true(run.optimizer.learning_rate == 0.5 && run.optimizer.beta2 == 0.95);
     assert_string_equal(run.data.validation, "");
     assert_int_equal(run.model.eos_token_id, -1);
+    expect(good, strlen(good), "sample.prompt=\xFF", "command line: sample.prompt: the value is not UTF-8");
     parse(good, "sample.prompt=http://a/*b*/\\u0000"); // neither a comment nor an escape
     assert_string_equal(run.sample.prompt, "http://a/*b*/\\u0000");
 }
@@ -485,7 +519,7 @@ static void written_models_read_back(void** state) {
 
 // A value for every knob that is neither its default nor zero.
 static void set_odd_knob(RunConfig* r, const Knob* k, int i) {
-    char* field = (char*)r + k->offset;
+    void* field = (char*)r + k->offset;
     switch (k->type) {
     case KNOB_INT:
         *(int*)field = 100 + i;
@@ -593,7 +627,8 @@ static bool from_text(ModelConfig* c, const char* json, String* notes, Error* er
 static const char gpt2_json[] =
     "{\"activation_function\": \"gelu_new\", \"architectures\": [\"GPT2LMHeadModel\"], \"attn_pdrop\": 0.1,"
     "\"bos_token_id\": 50256, \"embd_pdrop\": 0.1, \"eos_token_id\": 50256, \"initializer_range\": 0.02,"
-    "\"layer_norm_epsilon\": 1e-05, \"model_type\": \"gpt2\", \"n_ctx\": 1024, \"n_embd\": 768, \"n_head\": 12,"
+    "\"layer_norm_epsilon\": 1e-05, \"model_type\": \"gpt2\", \"n_ctx\": 1024, \"n_embd\": 768, "
+    "\"n_head\": 12,"
     "\"n_layer\": 12, \"n_positions\": 1024, \"resid_pdrop\": 0.1, \"summary_activation\": null,"
     "\"summary_first_dropout\": 0.1, \"summary_proj_to_labels\": true, \"summary_type\": \"cls_index\","
     "\"summary_use_proj\": true, \"task_specific_params\": {\"text-generation\": {\"do_sample\": true,"
@@ -605,8 +640,10 @@ static const char llama31_json[] =
     "\"bos_token_id\": 128000, \"eos_token_id\": [128001, 128008, 128009], \"hidden_act\": \"silu\","
     "\"hidden_size\": 4096, \"initializer_range\": 0.02, \"intermediate_size\": 14336,"
     "\"max_position_embeddings\": 131072, \"mlp_bias\": false, \"model_type\": \"llama\","
-    "\"num_attention_heads\": 32, \"num_hidden_layers\": 32, \"num_key_value_heads\": 8, \"pretraining_tp\": 1,"
-    "\"rms_norm_eps\": 1e-05, \"rope_scaling\": {\"factor\": 8.0, \"low_freq_factor\": 1.0, \"high_freq_factor\":"
+    "\"num_attention_heads\": 32, \"num_hidden_layers\": 32, \"num_key_value_heads\": 8, "
+    "\"pretraining_tp\": 1,"
+    "\"rms_norm_eps\": 1e-05, \"rope_scaling\": {\"factor\": 8.0, \"low_freq_factor\": 1.0, "
+    "\"high_freq_factor\":"
     "4.0, \"original_max_position_embeddings\": 8192, \"rope_type\": \"llama3\"}, \"rope_theta\": 500000.0,"
     "\"tie_word_embeddings\": false, \"torch_dtype\": \"bfloat16\", \"transformers_version\": \"4.42.3\","
     "\"use_cache\": true, \"vocab_size\": 128256, \"head_dim\": null}";
@@ -621,7 +658,8 @@ static const char mistral_json[] =
 // the shape of Qwen/Qwen2-0.5B, as transformers 5 writes it
 static const char qwen2_json[] =
     "{\"model_type\": \"qwen2\", \"dtype\": \"bfloat16\", \"hidden_act\": \"silu\", \"hidden_size\": 896,"
-    "\"intermediate_size\": 4864, \"layer_types\": [\"full_attention\", \"full_attention\"], \"max_position_embeddings\":"
+    "\"intermediate_size\": 4864, \"layer_types\": [\"full_attention\", \"full_attention\"], "
+    "\"max_position_embeddings\":"
     "131072, \"max_window_layers\": 24, \"num_attention_heads\": 14, \"num_hidden_layers\": 2,"
     "\"num_key_value_heads\": 2, \"rms_norm_eps\": 1e-06, \"rope_parameters\": {\"rope_theta\": 1000000.0,"
     "\"rope_type\": \"default\"}, \"sliding_window\": 32768, \"tie_word_embeddings\": true,"
@@ -765,6 +803,10 @@ static void a_model_file_is_read_and_overridden(void** state) {
     assert_int_equal(run.model.max_position_embeddings, 32);
     assert_int_equal(run.model.num_hidden_layers, 1);
 
+    char* reversed[] = {"model.n_embd=4", named}; // the file is the ground, in whichever order
+    assert_true(config_parse(&run, good, strlen(good), "run.json", 2, reversed, &err));
+    assert_int_equal(run.model.hidden_size, 4);
+
     static const struct {
         char* override;
         const char* message; // %s: the path
@@ -773,6 +815,9 @@ static void a_model_file_is_read_and_overridden(void** state) {
          "command line: model.n_embed: unknown key for a gpt2 model; did you mean n_embd?"},
         {"model.attn_pdrop=0.2", "command line: model.attn_pdrop is 0.2; only 0 is implemented"},
         {"model.n_head=3", "%s:4: n_embd is 8; it must be a multiple of num_attention_heads, 3"},
+        {"model=nowhere.json",
+         "command line: model is \"nowhere.json\"; cannot open nowhere.json: No such file or "
+         "directory"},
         {"model.n_layer=0", "command line: model.n_layer is 0; a whole number from 1 to 4096 is wanted"},
         {"batch.sequence_length=65",
          "command line: batch.sequence_length is 65; at most model.max_position_embeddings, 64, is possible"},

@@ -132,7 +132,7 @@ static void test_streams(void** state) {
         }
     // cut short anywhere, or damaged: never a shorter text
     for (size_t i = 1; i < 3; i++) {
-        size_t size;
+        size_t size = 0;
         Error err = {0};
         char* whole = read_file(temp_path(names[i]), 1 << 20, &size, &err);
         const char* cut = temp_path(i == 1 ? "cut.txt.gz" : "cut.txt.zst");

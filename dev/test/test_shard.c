@@ -285,8 +285,8 @@ static void test_round_trip(void** state) {
             shard_writer_end_document(&w, 0);
         }
         assert_true(shard_writer_finish(&w, &err) && shard_publish(path, &err));
-        Shard shard;
-        ShardIndex index;
+        Shard shard = {0};
+        ShardIndex index = {0};
         assert_true(shard_open(&shard, path, &err) && shard_index_open(&index, &shard, &err));
         assert_int_equal(shard.header.num_tokens, N);
         assert_int_equal(shard.header.num_documents, documents);

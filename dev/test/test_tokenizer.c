@@ -959,6 +959,12 @@ static void test_load_by_path(void** state) {
         unlink(temp_path(names[i][1]));
         unlink(temp_path(names[i][0]));
     }
+    // "th" has a part in a merge, so it is no special token although no merge makes it
+    memset(&err, 0, sizeof err);
+    assert_true(tokenizer_parse_gpt2(&t, "\xc4\xa0 th", 5, vocab.data, vocab.size, "test", &err));
+    assert_int_equal(token_byte_length(&t, 256), 2);
+    assert_int_equal(token_byte_length(&t, 258), 0);
+    tokenizer_free(&t);
     static const struct {
         const char *merges, *vocab, *message;
     } bad[] = {{"#version\nt h\nt h\n", NULL, "merge 1 is there twice"},
