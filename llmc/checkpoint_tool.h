@@ -39,8 +39,8 @@ static inline int checkpoint_verify(const char* dir) {
     for (int i = 0; i < manifest.count; i++) bytes += manifest.files[i].size;
     double seconds = seconds_now() - start;
     if (ok)
-        printf("%s: step %llu is whole: %d files, %.3f GB, verified in %.2f s (%.1f GB/s)\n", dir,
-               (unsigned long long)data.state.step, manifest.count + 1, (double)bytes * 1e-9, seconds,
+        printf("%s: step %llu is whole: %d files, %.1f MB, verified in %.2f s (%.1f GB/s)\n", dir,
+               (unsigned long long)data.state.step, manifest.count + 1, (double)bytes * 1e-6, seconds,
                (double)bytes * 1e-9 / seconds);
     manifest_free(&manifest);
     return tool_result(&err);
@@ -89,9 +89,14 @@ static inline const SafetensorsTensor* tensor_directory_find(const TensorDirecto
 // ----------------------------------------------------------------------------
 // info
 
-static inline const char* file_name(const char* path) {
-    const char* slash = strrchr(path, '/');
-    return slash != NULL ? slash + 1 : path;
+static inline void info_print_file(const char* name, uint64_t size, const TensorDirectory* tensors,
+                                   const FileRecord* record) {
+    char count[32] = "", hex[MANIFEST_DIGITS + 1] = "";
+    for (int i = 0; i < tensors->count; i++)
+        if (strcmp(path_file_name(tensors->files[i].file.path), name) == 0)
+            snprintf(count, sizeof count, "%d tensors", tensors->files[i].header.count);
+    if (record != NULL) hash_to_hex(hex, record->hash);
+    printf("  %-36s %16llu bytes  %-14s %s\n", name, (unsigned long long)size, count, hex);
 }
 
 // What the directory is, without reading more than headers: files, tensors, model, state.
@@ -113,14 +118,11 @@ static inline int checkpoint_info(const char* dir) {
     for (int i = 0; ok && ours && i < NUM_TRAIN_STATE_FIELDS; i++)
         printf(train_state_fields[i].hex ? "  %-28s %016llx\n" : "  %-28s %llu\n", train_state_fields[i].name,
                (unsigned long long)*train_state_field(&state, i));
-    for (int i = 0; ok && i < tensors.count; i++)
-        printf("  %-36s %6d tensors %16llu bytes\n", file_name(tensors.files[i].file.path),
-               tensors.files[i].header.count, (unsigned long long)tensors.files[i].file.file_size);
-    for (int i = 0; ok && i < manifest.count; i++) {
-        char hex[MANIFEST_DIGITS + 1];
-        hash_to_hex(hex, manifest.files[i].hash);
-        printf("  %-36s %14llu bytes %s\n", manifest.files[i].name,
-               (unsigned long long)manifest.files[i].size, hex);
+    for (int i = 0; ok && ours && i < manifest.count; i++)
+        info_print_file(manifest.files[i].name, manifest.files[i].size, &tensors, &manifest.files[i]);
+    for (int i = 0; ok && !ours && i < tensors.count; i++) {
+        const HashedFile* file = &tensors.files[i].file;
+        info_print_file(path_file_name(file->path), file->file_size, &tensors, NULL);
     }
     manifest_free(&manifest);
     tensor_directory_close(&tensors);

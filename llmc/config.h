@@ -346,7 +346,7 @@ static inline bool apply_override(ConfigReader* r, const char* override) {
     return json_check_keys(value, v.path, &r->source, r->err);
 }
 
-// Keys of the top level come first: model=PATH is the ground for model.key=value, in whichever order they are.
+// Keys of the top level come first: model=PATH is the ground for model.key=value, whichever is given first.
 static inline bool apply_overrides(ConfigReader* r, bool dotted) {
     bool ok = true;
     for (int i = 0; i < r->source.num_overrides && ok; i++)

@@ -34,14 +34,18 @@ static inline size_t hash_piece(uint64_t left) {
     return left < HASH_PIECE ? (size_t)left : (size_t)HASH_PIECE;
 }
 
-static inline bool hashed_start(HashedFile* f, int fd) {
+static inline const char* path_file_name(const char* path) {
+    const char* slash = strrchr(path, '/');
+    return slash != NULL ? slash + 1 : path;
+}
+
+static inline void hashed_start(HashedFile* f, int fd) {
     f->fd = fd;
     f->expected = NULL;
     f->file_size = f->done = 0;
     f->hash = XXH3_createState();
     CHECK(f->hash != NULL);
     XXH3_128bits_reset(f->hash);
-    return true;
 }
 
 // Releases what is open; allowed at any time after hashed_create or hashed_open, and twice.
@@ -61,7 +65,8 @@ static inline bool hashed_create(HashedFile* f, const char* dir, const char* nam
     if (!path_join(f->path, dir, name, err)) return false;
     int fd = open(f->path, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0666);
     if (fd < 0) return fail(err, EXIT_CANNOT_WRITE, "cannot create %s: %s", f->path, strerror(errno));
-    return hashed_start(f, fd);
+    hashed_start(f, fd);
+    return true;
 }
 
 static inline bool hashed_write(HashedFile* f, const void* data, size_t bytes, Error* err) {
@@ -80,7 +85,7 @@ static inline bool hashed_write(HashedFile* f, const void* data, size_t bytes, E
 // Makes the file durable and closes it; the record says what was written. The file's name becomes durable
 // only when its directory is synced too.
 static inline bool hashed_finish(HashedFile* f, FileRecord* record, Error* err) {
-    const char* name = strrchr(f->path, '/') + 1;
+    const char* name = path_file_name(f->path);
     CHECK(strlen(name) < sizeof record->name);
     memset(record, 0, sizeof *record);
     memcpy(record->name, name, strlen(name));

@@ -9,6 +9,7 @@
 #pragma once
 #include <cjson/cJSON.h>    // defines: cJSON, cJSON_*
 #include "llmc/tokenizer.h" // defines: Tokenizer, tokenizer_*, token_*
+#include "llmc/utf8.h"      // defines: utf8_sequence, utf8_skip
 #include "llmc/utils.h"     // defines: Error, fail, String, string_append, write_all
 
 // ----------------------------------------------------------------------------

@@ -221,8 +221,8 @@ static const struct {
     {"\"max_steps\": 100", "\"max_steps\": +100",
      "run.json:20: not JSON from here on: +100, \"warmup_steps\": 10"},
     {"\"max_steps\": 100", "\"max_steps\": 0x64",
-     "run.json:20: not JSON from here on: x64, \"warmup_steps\": 10"},
-    {"\"run\"", "\"\\ud800\"", "run.json:21: not JSON from here on: \\ud800\"}"},
+     "run.json:20: not JSON from here on: x64, \"warmup_steps\": 10}"},
+    {"\"run\"", "\"\\ud800\"", "run.json:21: not JSON from here on: \"\\ud800\"}"},
     {"\"run\"", "\"r\xE9\"", "run.json:21: byte 0xe9 is not UTF-8"},
     {"\"v.bin\"", "\"v.bin",
      "run.json:13: the text that begins with \"v.bin}, has no closing quote in its line"},
@@ -470,6 +470,10 @@ static void published_sizes_are_met(void** state) {
         Error err = {0};
         if (!config_load(&run, models[i].path, 0, NULL, &err)) fail_msg("%s", err.text);
         assert_int_equal(model_num_parameters(&run.model), models[i].parameters);
+        char* expected = replaced(models[i].path, "configs/", "runs/"); // its run has a directory of its own
+        expected[strlen(expected) - strlen(".json")] = '\0';
+        assert_string_equal(run.log.run_dir, expected);
+        free(expected);
     }
 }
 
@@ -648,6 +652,30 @@ static const char llama31_json[] =
     "\"tie_word_embeddings\": false, \"torch_dtype\": \"bfloat16\", \"transformers_version\": \"4.42.3\","
     "\"use_cache\": true, \"vocab_size\": 128256, \"head_dim\": null}";
 
+// meta-llama/Llama-3.2-1B, whose head is tied and whose positions are stretched by 32
+static const char llama32_json[] =
+    "{\"architectures\": [\"LlamaForCausalLM\"], \"attention_bias\": false, \"attention_dropout\": 0.0,"
+    "\"bos_token_id\": 128000, \"eos_token_id\": 128001, \"head_dim\": 64, \"hidden_act\": \"silu\","
+    "\"hidden_size\": 2048, \"initializer_range\": 0.02, \"intermediate_size\": 8192,"
+    "\"max_position_embeddings\": 131072, \"mlp_bias\": false, \"model_type\": \"llama\","
+    "\"num_attention_heads\": 32, \"num_hidden_layers\": 16, \"num_key_value_heads\": 8, \"pretraining_tp\": 1,"
+    "\"rms_norm_eps\": 1e-05, \"rope_scaling\": {\"factor\": 32.0, \"high_freq_factor\": 4.0,"
+    "\"low_freq_factor\": 1.0, \"original_max_position_embeddings\": 8192, \"rope_type\": \"llama3\"},"
+    "\"rope_theta\": 500000.0, \"tie_word_embeddings\": true, \"torch_dtype\": \"bfloat16\","
+    "\"transformers_version\": \"4.45.0.dev0\", \"use_cache\": true, \"vocab_size\": 128256}";
+
+// the same as transformers 5 writes it
+static const char llama32_v5_json[] =
+    "{\"architectures\": [\"LlamaForCausalLM\"], \"attention_bias\": false, \"attention_dropout\": 0.0,"
+    "\"bos_token_id\": 128000, \"dtype\": \"bfloat16\", \"eos_token_id\": 128001, \"head_dim\": 64,"
+    "\"hidden_act\": \"silu\", \"hidden_size\": 2048, \"initializer_range\": 0.02, \"intermediate_size\": 8192,"
+    "\"max_position_embeddings\": 131072, \"mlp_bias\": false, \"model_type\": \"llama\","
+    "\"num_attention_heads\": 32, \"num_hidden_layers\": 16, \"num_key_value_heads\": 8, \"pad_token_id\": null,"
+    "\"pretraining_tp\": 1, \"rms_norm_eps\": 1e-05, \"rope_parameters\": {\"factor\": 32.0,"
+    "\"high_freq_factor\": 4.0, \"low_freq_factor\": 1.0, \"original_max_position_embeddings\": 8192,"
+    "\"rope_theta\": 500000.0, \"rope_type\": \"llama3\"}, \"tie_word_embeddings\": true,"
+    "\"transformers_version\": \"5.0.0\", \"use_cache\": true, \"vocab_size\": 128256}";
+
 // the shape of mistralai/Mistral-7B-v0.1
 static const char mistral_json[] =
     "{\"model_type\": \"mistral\", \"hidden_size\": 4096, \"intermediate_size\": 14336,"
@@ -687,7 +715,19 @@ static void published_models_are_read(void** state) {
     assert_true(c.rope.high_freq_factor == 4 && c.rope.original_max_position_embeddings == 8192);
     assert_int_equal(model_num_parameters(&c), 8030261248);
 
+    ModelConfig llama32;
     notes.size = 0;
+    if (!from_text(&c, llama32_json, &notes, &err)) fail_msg("%s", err.text);
+    assert_int_equal(model_num_parameters(&c), 1235814400);
+    assert_true(c.tie_word_embeddings && c.rope.factor == 32 && c.norm_eps == 1e-5);
+    assert_true(c.head_dim == 64 && c.num_key_value_heads == 8 && c.max_position_embeddings == 131072);
+    assert_true(c.bos_token_id == 128000 && c.eos_token_id == 128001);
+    if (!from_text(&llama32, llama32_v5_json, &notes, &err)) fail_msg("%s", err.text);
+    assert_memory_equal(&llama32, &c, sizeof c);
+    if (!config_load(&run, "configs/llama3.2_1B.json", 0, NULL, &err)) fail_msg("%s", err.text);
+    assert_memory_equal(&run.model, &c, sizeof c);
+    assert_int_equal(notes.size, 0);
+
     if (!from_text(&c, mistral_json, &notes, &err)) fail_msg("%s", err.text);
     assert_int_equal(c.max_position_embeddings, 4096);
     assert_non_null(strstr(notes.data, "note: config.json:1: sliding_window: attention here has no window"));

@@ -49,9 +49,7 @@ typedef struct {
 
 // Memory full of a pattern that no test expects.
 static inline Weights weights_new(const ModelConfig* model) {
-    Weights w;
-    w.model = *model;
-    w.count = parameter_layout(model).num_parameters;
+    Weights w = {*model, parameter_layout(model).num_parameters, NULL, NULL, NULL};
     float** parts[3] = {&w.params, &w.m, &w.v};
     for (int k = 0; k < 3; k++) *parts[k] = (float*)memset(malloc_check(w.count * 4), 0xAB, w.count * 4);
     return w;
