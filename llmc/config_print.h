@@ -25,13 +25,17 @@ static inline void append_sources(String* out, const RunConfig* run) {
     string_append(out, "]");
 }
 
-// config.json on one line: its texts, names of the field, hold no newlines.
+// config.json on one line: no text in it, all names of the field, holds a newline.
 static inline void append_model(String* out, const ModelConfig* model) {
-    size_t begin = out->size;
+    size_t end = out->size, at = out->size;
     model_config_write_json(model, out);
-    out->data[--out->size] = '\0';
-    for (size_t i = begin; i < out->size; i++)
-        if (out->data[i] == '\n') out->data[i] = ' ';
+    while (at < out->size) {
+        char c = out->data[at++];
+        if (c == '\n') at += strspn(out->data + at, " ");
+        out->data[end++] = c == '\n' ? ' ' : c;
+    }
+    out->size = end - 1; // without the last newline
+    out->data[out->size] = '\0';
 }
 
 // A knob's value as JSON

@@ -71,33 +71,38 @@ static inline StoredTensors stored_model(const ModelConfig* model, float* params
     return list;
 }
 
-// Both of AdamW's moments of every tensor, flat and in our own order of memory, by global name and range:
+static inline void stored_add_moment(StoredTensors* list, const ModelConfig* model, enum TensorId id,
+                                     int layer, const char* moment, float* memory) {
+    ParameterLayout p = parameter_layout(model);
+    StoredTensor* t = &list->tensors[list->count++];
+    char name[32];
+    tensor_name(name, id, layer);
+    snprintf(t->hf.name, sizeof t->hf.name, "%s.%s", moment, name);
+    t->hf.rows = (tensor_table[id].rows == DIM_VOCAB ? (size_t)model->vocab_size : p.rows[id]) * p.cols[id];
+    t->hf.cols = 1;
+    t->hf.num_dims = 1;
+    t->hf.dims[0] = t->hf.rows, t->hf.dims[1] = 1;
+    t->hf.offset = tensor_offset(&p, id, layer);
+    t->memory = memory;
+    t->ranged = true;
+    t->twin = -1;
+}
+
+// Both of AdamW's moments of every tensor, flat and in the order of memory, by global name and range:
 // "exp_avg.h.3.qkvw[0:49152]". The padding of the vocabulary is not stored: it is zero in every layout.
+// Caller frees .tensors.
 static inline StoredTensors stored_moments(const ModelConfig* model, float* m, float* v) {
     ParameterLayout p = parameter_layout(model);
     StoredTensors list = {NULL, 0};
     list.tensors = (StoredTensor*)calloc_check(2 * NUM_TENSORS * (size_t)(model->num_hidden_layers + 1),
                                                sizeof *list.tensors);
-    for (int moment = 0; moment < 2; moment++) {
-        for (int i = 0; i < NUM_TENSORS; i++) {
-            for (int layer = 0; p.size[i] != 0 && layer < tensor_copies(model, (enum TensorId)i); layer++) {
-                StoredTensor* t = &list.tensors[list.count++];
-                char name[32];
-                tensor_name(name, (enum TensorId)i, layer);
-                snprintf(t->hf.name, sizeof t->hf.name, "%s.%s", moment == 0 ? "exp_avg" : "exp_avg_sq",
-                         name);
-                bool vocabulary = tensor_table[i].rows == DIM_VOCAB;
-                t->hf.rows = (vocabulary ? (size_t)model->vocab_size : p.rows[i]) * p.cols[i];
-                t->hf.cols = 1;
-                t->hf.num_dims = 1;
-                t->hf.dims[0] = t->hf.rows, t->hf.dims[1] = 1;
-                t->hf.offset = tensor_offset(&p, (enum TensorId)i, layer);
-                t->memory = moment == 0 ? m : v;
-                t->ranged = true;
-                t->twin = -1;
-            }
-        }
-    }
+    for (int moment = 0; moment < 2; moment++)
+        for (int place = BEFORE_LAYERS; place <= AFTER_LAYERS; place++)
+            for (int layer = 0; layer < (place == PER_LAYER ? model->num_hidden_layers : 1); layer++)
+                for (int i = 0; i < NUM_TENSORS; i++)
+                    if ((int)tensor_table[i].place == place && p.size[i] != 0)
+                        stored_add_moment(&list, model, (enum TensorId)i, layer,
+                                          moment == 0 ? "exp_avg" : "exp_avg_sq", moment == 0 ? m : v);
     return list;
 }
 

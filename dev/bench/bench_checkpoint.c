@@ -1,9 +1,9 @@
 // How fast are checkpoints: hashed, saved, verified, loaded?
 // usage: bench_checkpoint [DIR]      default $TMPDIR or /tmp; needs 3 GB there
 //
-// GPT-2 124M with both moments (1.49 GB). Saving is held against a plain write() of as many bytes and one fsync,
-// reading against a plain read() from the page cache: what the same disk and the same memory do without any
-// checkpoint. One thread, best of three rounds that alternate.
+// GPT-2 124M with both moments (1.49 GB). Saving is held against a plain write() of as many bytes and one
+// fsync, reading against a plain read() from the page cache: what the same disk and the same memory do
+// without any checkpoint. One thread, best of three rounds that alternate.
 #include "dev/test/tiny_models.h" // defines: Weights, weights_new, weights_free, remove_tree
 #include "llmc/checkpoint.h"      // defines: checkpoint_save, checkpoint_load, checkpoint_read
 #include "llmc/hashed_file.h"     // defines: HASH_PIECE

@@ -244,7 +244,8 @@ static void test_lock(void** state) {
 
 static void prune_step_20(void) { rename(in_run("step_00000020"), in_run("step_00000020.delete")); }
 
-// A checkpoint that another process removes while it is being read was not damaged: look again at what there is.
+// A checkpoint that another process removes while it is being read was not damaged: look again at what
+// there is.
 static void test_removed_while_read(void** state) {
     (void)state;
     Error err;

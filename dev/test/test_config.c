@@ -52,6 +52,7 @@ static void expect(const char* text, size_t size, char* override, const char* me
 // ----------------------------------------------------------------------------
 // wrong files: in the good one, `find` is replaced
 
+#define E5 "\u00e9\u00e9\u00e9\u00e9\u00e9" // 10 bytes: a value is cut at 60, between characters
 static const struct {
     const char *find, *by, *message;
 } wrong_values[] = {
@@ -230,13 +231,13 @@ static const struct {
     {"\"run\"}\n}", "\"run\"}\n} more", "run.json:22: not JSON from here on: more"},
     {"\"run\"}\n}", "\"run\"}", "run.json:22: the file ends inside an object, an array or a string"},
     {"\"run\"", "\"run", "run.json:21: the text that begins with \"run} has no closing quote in its line"},
-    {"\"log\"", "\"\\u001b[2J\": 1, \"log\"", "run.json: ?[2J: unknown key; did you mean log?"},
+    {"\"log\"", "\"\\u001b[2J\": 1, \"log\"", "run.json: ?[2J: unknown key; did you mean seed?"},
     {"\"log\"", "\"data\\u007f\": 1, \"log\"", "run.json: data?: unknown key; did you mean data?"},
-    {"\"run\"}",
-     "[\"\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9"
-     "\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\"]}",
-     "run.json:21: log.run_dir is [\"\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9"
-     "\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9\u00e9...; text in quotes is "
+    {"\"max_steps\"", "\"type\": \"\x7f\", \"max_steps\"",
+     "run.json:20: schedule.type is \"?\"; one of cosine|linear|wsd|constant is wanted"},
+    {"\"max_steps\"", "\"type\": \"" E5 E5 E5 E5 E5 E5 "\", \"max_steps\"",
+     "run.json:20: schedule.type is \"" E5 E5 E5 E5 E5
+     "\u00e9\u00e9\u00e9\u00e9...; one of cosine|linear|wsd|constant is "
      "wanted"},
     {"\"batch\"", "/* \"batch\"", "run.json:14: the comment that begins here has no end (*/)"},
 };
@@ -739,6 +740,17 @@ static void published_models_are_read(void** state) {
     assert_int_equal(c.max_position_embeddings, 131072);
     assert_true(c.rope.theta == 1e6 && c.rope.scaling == ROPE_SCALING_NONE);
     assert_true(c.attention_bias && !c.attention_output_bias && !c.mlp_bias && !c.norm_bias);
+
+    notes.size = 0;
+    assert_true(from_text(
+        &c,
+        "{\"model_type\": \"gpt2\", \"vocab_size\": 9, \"n_embd\": 8, \"n_layer\": 1, \"n_head\": 2,"
+        "\"\\u001b[2J\": 1, \"eos_token_id\": [3, 4]}",
+        &notes, &err));
+    assert_string_equal(notes.data,
+                        "note: config.json: unknown keys, ignored: ?[2J\n"
+                        "note: config.json:1: eos_token_id: only the first token of the list is used\n");
+    assert_int_equal(c.eos_token_id, 3);
     free(notes.data);
 }
 
@@ -872,6 +884,32 @@ static void a_model_file_is_read_and_overridden(void** state) {
     }
 }
 
+// A window shorter than the positions shortens those of a file (with a note), but not those the user asked for.
+static void a_window_does_not_change_an_override(void** state) {
+    (void)state;
+    static const char text[] =
+        "{\"model_type\": \"mistral\", \"vocab_size\": 100, \"hidden_size\": 8,\n"
+        "\"num_hidden_layers\": 1, \"num_attention_heads\": 2, \"intermediate_size\": 9,\n"
+        "\"sliding_window\": 40}";
+    Error err = {0};
+    char path[128], named[160], message[256];
+    snprintf(path, sizeof path, "%s/window.json", directory);
+    snprintf(named, sizeof named, "model=%s", path);
+    assert_true(replace_file(path, text, sizeof text - 1, &err));
+    for (int positions = 40; positions <= 41; positions++) {
+        char asked[] = "model.max_position_embeddings=40";
+        asked[sizeof asked - 2] = (char)('0' + positions % 10);
+        char* both[] = {named, asked};
+        assert_int_equal(config_parse(&run, good, strlen(good), "run.json", 2, both, &err), positions == 40);
+    }
+    snprintf(message, sizeof message,
+             "%s:3: sliding_window is 40; attention here has no window: set it to null, or "
+             "max_position_embeddings to it",
+             path);
+    assert_string_equal(err.text, message);
+    assert_int_equal(unlink(path), 0);
+}
+
 static void a_damaged_model_file_is_named(void** state) {
     (void)state;
     static const struct {
@@ -950,6 +988,7 @@ int main(void) {
         cmocka_unit_test(wrong_models_are_refused),
         cmocka_unit_test(fixtures_load),
         cmocka_unit_test_setup_teardown(a_model_file_is_read_and_overridden, make_model_file, NULL),
+        cmocka_unit_test(a_window_does_not_change_an_override),
         cmocka_unit_test_setup_teardown(a_damaged_model_file_is_named, NULL, remove_model_file),
         cmocka_unit_test(numbers_keep_every_bit),
         cmocka_unit_test(lines_are_found),

@@ -1,5 +1,5 @@
-// Hugging Face model directories: what transformers wrote comes in at the right place and goes out the same; the
-// variants found in the wild are read; what does not fit is named.
+// Hugging Face model directories: what transformers wrote comes in at the right place and goes out the
+// same; the variants found in the wild are read; what does not fit is named.
 #include "dev/test/tiny_models.h" // defines: tiny_model, Weights, weights_*, temporary_directory, remove_tree
 #include "llmc/checkpoint.h"      // defines: checkpoint_load, checkpoint_export, CheckpointData
 #include "llmc/model_config.h"    // defines: model_config_load
@@ -126,7 +126,8 @@ static void test_fixtures_come_back(void** state) {
     }
 }
 
-// Element by element, so that an error made both ways cannot hide: memory is (out, in), GPT-2's files (in, out).
+// Element by element, so that an error made both ways cannot hide: memory is (out, in), GPT-2's files (in,
+// out).
 static void test_gpt2_in_memory(void** state) {
     (void)state;
     char dir[PATH_MAX], name[96];
