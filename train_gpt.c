@@ -245,9 +245,9 @@ static void block_forward(GPT* g, int l, int B) {
     if (g->rope_cos != NULL) rope_forward(a->qkv, g->rope_cos, g->rope_sin, 0, B, T, NH, NKV, HS);
     attention_forward(a->att, a->lse, g->attention_scratch, a->qkv, g->doc_start, B, T, NH, NKV, HS);
     matmul_forward(g->hidden, a->att, p.attprojw, p.attprojb, N, Q, C, mm);
-    residual_forward(a->residual2, residual, g->hidden, (size_t)N * (size_t)C);
+    residual_norm_forward(a->residual2, a->ln2, a->ln2_mean, a->ln2_rstd, residual, g->hidden, p.ln2w, p.ln2b,
+                          N, C, eps, family->norm);
 
-    norm_forward(a->ln2, a->ln2_mean, a->ln2_rstd, a->residual2, p.ln2w, p.ln2b, N, C, eps, family->norm);
     matmul_forward(a->fc, a->ln2, p.fcw, p.fcb, N, C, FC, mm);
     activation_forward(g->act, a->fc, N, FF, family->activation);
     matmul_forward(g->hidden, g->act, p.fcprojw, p.fcprojb, N, FF, C, mm);
@@ -444,8 +444,8 @@ static void decoder_step(Decoder* d, int token) {
         memcpy(values + past, d->qkv + Q + KV, (size_t)KV * sizeof(real));
         attention_decode(d->att, d->qkv, keys, values, d->length + 1, NH, NKV, HS);
         matmul_forward(d->hidden, d->att, p.attprojw, p.attprojb, 1, Q, C, mm);
-        residual_forward(d->residual, d->residual, d->hidden, (size_t)C);
-        norm_forward(d->norm, &mean, &rstd, d->residual, p.ln2w, p.ln2b, 1, C, eps, family->norm);
+        residual_norm_forward(d->residual, d->norm, &mean, &rstd, d->residual, d->hidden, p.ln2w, p.ln2b, 1,
+                              C, eps, family->norm);
         matmul_forward(d->fc, d->norm, p.fcw, p.fcb, 1, C, FC, mm);
         activation_forward(d->act, d->fc, 1, FF, family->activation);
         matmul_forward(d->hidden, d->act, p.fcprojw, p.fcprojb, 1, FF, C, mm);

@@ -139,10 +139,10 @@ static inline dnnl_memory_t dnnl_memory_of(const dnnl_memory_desc_t* desc, dnnl_
     return memory;
 }
 
-// The implementation to use, of those oneDNN has: its classic gemm where there is one. For row-major operands
-// it beats the `brg` that oneDNN itself would choose: 182-209 against 121-171 GFLOP/s a core for dinp,
-// 179-204 against 156-169 for dweight, as fast forward and under bf16 (oneDNN 2.6.3, Zen 5, 2026-11-21). NULL
-// if it has only its slow reference for this processor (bf16 before AVX-512).
+// The implementation to use, of those oneDNN has: its classic gemm where there is one. At GPT-2's shapes it
+// beats the `brg` that oneDNN itself would choose: 209-234 against 133-179 GFLOP/s a core for dinp, 208-220
+// against 178-213 for dweight (bf16: 385-433 against 258-378), and is as fast forward (oneDNN 2.6.3, Zen 5,
+// 2026-11-21). NULL if it has only its slow reference for this processor (bf16 before AVX-512).
 static inline dnnl_primitive_desc_t matmul_implementation(const dnnl_matmul_desc_t* product,
                                                           const_dnnl_primitive_attr_t attr,
                                                           dnnl_engine_t engine) {

@@ -66,10 +66,12 @@ static inline void event_end(Metrics* m, String* line) {
     free(line->data);
 }
 
-// "1h02m", "3m07s", "12s"
+// "12d03h", "1h02m", "3m07s", "12s"; no time and what is not a number are "0s"
 static inline void format_duration(char out[24], double seconds) {
-    long s = seconds > 0 && seconds < 1e9 ? (long)(seconds + 0.5) : 0;
-    if (s >= 3600)
+    long s = seconds > 0 ? (long)(fmin(seconds, 1e15) + 0.5) : 0;
+    if (s >= 172800)
+        snprintf(out, 24, "%ldd%02ldh", s / 86400, s / 3600 % 24);
+    else if (s >= 3600)
         snprintf(out, 24, "%ldh%02ldm", s / 3600, s / 60 % 60);
     else if (s >= 60)
         snprintf(out, 24, "%ldm%02lds", s / 60, s % 60);

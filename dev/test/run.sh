@@ -47,7 +47,7 @@ run_one() {
     {
         printf '%-32s %5d passed %4d failed %4d skipped %6d.%d s\n' "$name" "$passed" "$failed" "$skipped" \
             $((milliseconds / 1000)) $((milliseconds / 100 % 10))
-        grep -a '# SKIP' "$logs/out.$name" | sed 's/^/    /'
+        grep -a '# SKIP' "$logs/out.$name" | sed -E 's/^(not )?ok [0-9]+ (- )?/    skipped: /'
         if [ "$failed" -gt 0 ]; then
             grep -av '^ok\>' "$logs/out.$name" | tail -n 80 | sed 's/^/    /'
             [ -z "$why" ] || echo "    not ok - $name: $why"

@@ -163,9 +163,20 @@ static void test_duration(void** state) {
     static const struct {
         double seconds;
         const char* text;
-    } cases[] = {{0, "0s"},      {0.6, "1s"},      {59.4, "59s"},       {59.6, "1m00s"},
-                 {187, "3m07s"}, {3720, "1h02m"},  {360000, "100h00m"}, {-5, "0s"},
-                 {NAN, "0s"},    {INFINITY, "0s"}, {1e300, "0s"}};
+    } cases[] = {{0, "0s"},
+                 {0.6, "1s"},
+                 {59.4, "59s"},
+                 {59.6, "1m00s"},
+                 {187, "3m07s"},
+                 {3720, "1h02m"},
+                 {172799, "47h59m"},
+                 {172800, "2d00h"},
+                 {360000, "4d04h"},
+                 {2.36e10, "273148d03h"},
+                 {-5, "0s"},
+                 {NAN, "0s"},
+                 {INFINITY, "11574074074d01h"},
+                 {1e300, "11574074074d01h"}};
     char text[24];
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         format_duration(text, cases[i].seconds);
