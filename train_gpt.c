@@ -25,7 +25,8 @@
 #include "llmc/metrics.h"         // defines: Metrics, event_begin ..., print_escaped
 #include "llmc/model.h"           // defines: ModelConfig, ParameterLayout, tensor_table
 #include "llmc/optimizer_cpu.h"   // defines: adamw_update, global_norm_squared
-#include "llmc/planner.h"         // defines: plan_print
+#include "llmc/probe_cpu.h"       // defines: measure_matmul_rate, measure_copy_rate
+#include "llmc/planner.h"         // defines: Plan, MemoryLine, plan_print, physical_memory
 #include "llmc/rope.h"            // defines: rope_table
 #include "llmc/sampler.h"         // defines: sample_token
 #include "llmc/schedule.h"        // defines: learning_rate
@@ -34,6 +35,7 @@
 
 #include <omp.h>
 #include <signal.h>
+#include <sys/file.h>
 
 #ifdef TESTING // tests and benchmarks include this file, without the run and the commands, and take what they need
 #pragma GCC diagnostic ignored "-Wunused-function"
@@ -89,10 +91,11 @@ typedef struct {
     int* doc_start;                             // (N), NULL without document masking
     float *rope_cos, *rope_sin;                 // (maxT, HS / 2), NULL with learned positions
     // scratch: dead when a block is done with it
-    real *act, *dact;                // (N, FF)
-    real *hidden, *dresidual, *datt; // (N, C) (N, C) (N, Q)
-    real *dqkv, *dfc;                // (N, QKV) (N, FC)
-    real* logits;                    // (logit_rows, Vp)
+    real *act, *dact;       // (N, FF)
+    real *hidden, *dnorm;   // (N, C) a branch's output; (N, C) gradient of a norm's output
+    real *dresidual, *datt; // (N, C) (N, Q)
+    real *dqkv, *dfc;       // (N, QKV) (N, FC)
+    real* logits;           // (logit_rows, Vp)
     int logit_rows;
     Matmul matmul; // precision, oneDNN's primitives, and scratch of its own:
     real *matmul_scratch, *attention_scratch;
@@ -180,6 +183,7 @@ static void lay_out_scratch(GPT* g, Arena* arena, bool training) {
         g->head_copy = (uint16_t*)(void*)arena_take(arena, elements(sizeof(uint16_t) * Vp * C));
     if (!training) return;
     g->dact = arena_take(arena, N * model_dim(c, DIM_FF));
+    g->dnorm = arena_take(arena, N * C);
     g->dresidual = arena_take(arena, N * C);
     g->datt = arena_take(arena, N * model_dim(c, DIM_HEADS));
     g->dqkv = arena_take(arena, N * model_dim(c, DIM_QKV));
@@ -268,7 +272,7 @@ static void gpt_forward(GPT* g, const int* tokens, int* doc_start, int B) {
 
 // Cross-entropy of every row against targets (B, T) into g->losses (a negative target is masked: loss 0);
 // returns their sum. With grad_scale != 0 also the head's backward pass, since the logits of a chunk of rows
-// exist only here: dlnf (B, T, C) = grad_scale * d(sum of losses) / dlnf goes to g->hidden.
+// exist only here: g->dnorm (B, T, C) = grad_scale * d(sum of losses) / d lnf.
 static double gpt_loss(GPT* g, const int* targets, int B, real grad_scale) {
     int N = B * g->T, C = g->config.hidden_size, V = g->config.vocab_size, Vp = padded_vocab_size(V);
     real* head = head_of(parameters_of(g, g->params, 0));
@@ -281,7 +285,7 @@ static double gpt_loss(GPT* g, const int* targets, int B, real grad_scale) {
         classifier(g->losses + row, g->logits, targets + row, grad_scale, rows, V, Vp, grad_scale != 0);
         if (grad_scale == 0) continue;
         real* dhead = head_of(parameters_of(g, g->grads, 0));
-        matmul_backward(g->hidden + (size_t)row * (size_t)C, dhead, NULL, g->logits, lnf, head, rows, C, Vp,
+        matmul_backward(g->dnorm + (size_t)row * (size_t)C, dhead, NULL, g->logits, lnf, head, rows, C, Vp,
                         mm);
     }
     matmul_release(mm);
@@ -308,16 +312,16 @@ static void block_backward(GPT* g, int l, int B) {
     activation_forward(g->act, a->fc, N, FF, family->activation); // once more: it was not kept
     matmul_backward(g->dact, dp.fcprojw, dp.fcprojb, g->dresidual, g->act, p.fcprojw, N, FF, C, mm);
     activation_backward(g->dfc, g->dact, a->fc, N, FF, family->activation);
-    matmul_backward(g->hidden, dp.fcw, dp.fcb, g->dfc, a->ln2, p.fcw, N, C, FC, mm);
-    norm_backward(g->dresidual, dp.ln2w, dp.ln2b, g->hidden, a->residual2, p.ln2w, a->ln2_mean, a->ln2_rstd,
-                  N, C, family->norm);
+    matmul_backward(g->dnorm, dp.fcw, dp.fcb, g->dfc, a->ln2, p.fcw, N, C, FC, mm);
+    norm_backward(g->dresidual, dp.ln2w, dp.ln2b, g->dnorm, a->residual2, p.ln2w, a->ln2_mean, a->ln2_rstd, N,
+                  C, family->norm);
 
     matmul_backward(g->datt, dp.attprojw, dp.attprojb, g->dresidual, a->att, p.attprojw, N, Q, C, mm);
     attention_backward(g->dqkv, g->attention_scratch, g->datt, a->qkv, a->att, a->lse, g->doc_start, B, T, NH,
                        NKV, HS);
     if (g->rope_cos != NULL) rope_backward(g->dqkv, g->rope_cos, g->rope_sin, 0, B, T, NH, NKV, HS);
-    matmul_backward(g->hidden, dp.qkvw, dp.qkvb, g->dqkv, a->ln1, p.qkvw, N, C, QKV, mm);
-    norm_backward(g->dresidual, dp.ln1w, dp.ln1b, g->hidden, residual, p.ln1w, a->ln1_mean, a->ln1_rstd, N, C,
+    matmul_backward(g->dnorm, dp.qkvw, dp.qkvb, g->dqkv, a->ln1, p.qkvw, N, C, QKV, mm);
+    norm_backward(g->dresidual, dp.ln1w, dp.ln1b, g->dnorm, residual, p.ln1w, a->ln1_mean, a->ln1_rstd, N, C,
                   family->norm);
 }
 
@@ -327,7 +331,7 @@ static void gpt_backward(GPT* g, const int* tokens, int B) {
     int L = c->num_hidden_layers, N = B * g->T, C = c->hidden_size;
     Parameters p = parameters_of(g, g->params, 0), dp = parameters_of(g, g->grads, 0);
     memset(g->dresidual, 0, (size_t)N * (size_t)C * sizeof(real));
-    norm_backward(g->dresidual, dp.lnfw, dp.lnfb, g->hidden, residual_into(g, L), p.lnfw, g->lnf_mean,
+    norm_backward(g->dresidual, dp.lnfw, dp.lnfb, g->dnorm, residual_into(g, L), p.lnfw, g->lnf_mean,
                   g->lnf_rstd, N, C, c->family->norm);
     for (int l = L - 1; l >= 0; l--) block_backward(g, l, B);
     embedding_backward(dp.wte, dp.wpe, g->dresidual, tokens, B, g->T, C);
@@ -376,6 +380,14 @@ static void gpt_free(GPT* g) {
     free(g->layers);
     memset(g, 0, sizeof *g);
 }
+
+#ifdef REAL_IS_FLOAT // init_tensor's type
+static void gpt_init_weights(GPT* g, uint64_t seed) {
+    for (int i = 0; i < NUM_TENSORS; i++)
+        for (int l = 0; l < tensor_copies(&g->config, i); l++)
+            init_tensor(g->params + tensor_offset(&g->layout, i, l), &g->config, i, l, seed);
+}
+#endif
 
 // ----------------------------------------------------------------------------
 // decoding: one token at a time; keys and values of the past are kept, so that a token costs one row
@@ -465,24 +477,22 @@ typedef struct {
     GPT gpt;
     Tokenizer tokenizer;
     char tokenizer_json[PATH_MAX]; // what checkpoints take along; "": no tokenizer
+    int run_dir_fd;                // locked while training
     DataLoader train, validation;
     int *inputs, *targets, *doc_start; // (B, T) of the current micro-batch
     int eot_id;                        // begins every document in the shards; -1: not known
     TrainState state;
+    uint64_t saved_step; // of the newest checkpoint
     Metrics metrics;
-    double bits_per_byte; // of the last evaluation; NaN before the first
+    String config_json;      // as resolved, on one line
+    double seconds_per_step; // a mean at first, then an exponential average over about 20 steps
+    double bits_per_byte;    // of the last evaluation; NaN before the first
 } Trainer;
 
 typedef struct {
     double loss, perplexity, bits_per_byte; // bits_per_byte is NaN without a tokenizer
     uint64_t tokens;
 } Evaluation;
-
-static void gpt_init_weights(GPT* g, uint64_t seed) {
-    for (int i = 0; i < NUM_TENSORS; i++)
-        for (int l = 0; l < tensor_copies(&g->config, i); l++)
-            init_tensor(g->params + tensor_offset(&g->layout, i, l), &g->config, i, l, seed);
-}
 
 static volatile sig_atomic_t stop_signal = 0;
 
@@ -503,56 +513,49 @@ static CheckpointData checkpoint_data(Trainer* t) {
                             .m = t->gpt.m,
                             .v = t->gpt.v,
                             .state = t->state,
+                            .config_json = t->config_json.data,
                             .tokenizer_path = t->tokenizer_json};
 }
 
-// Fills the weights for evaluating, sampling and exporting: from checkpoint.load_from, else from the run's
-// newest checkpoint.
-static bool load_weights(Trainer* t, Error* err) {
+enum WeightsFrom { WEIGHTS_NOWHERE, WEIGHTS_RUN, WEIGHTS_ELSEWHERE };
+
+// The newest checkpoint of the run; where there is none, checkpoint.load_from. Moments are read where there is
+// memory for them. t->state is what the checkpoint says, zeros for a foreign model.
+static bool load_weights(Trainer* t, enum WeightsFrom* from, Error* err) {
     char directory[PATH_MAX];
     CheckpointData data = checkpoint_data(t);
-    data.m = data.v = NULL;
-    if (t->run.checkpoint.load_from[0] != '\0') {
-        if (!checkpoint_load(t->run.checkpoint.load_from, &data, err)) return false;
-    } else {
-        bool found = false;
-        if (checkpoints_directory(t, directory, err) == NULL) return false;
-        if (!checkpoint_load_newest(directory, &data, &found, err)) return false;
-        if (!found)
-            return fail(err, EXIT_NO_INPUT,
-                        "no checkpoint in %s: train first, or name a model directory with "
-                        "checkpoint.load_from=DIR",
-                        directory);
+    bool found = false;
+    if (checkpoints_directory(t, directory, err) == NULL) return false;
+    if (!checkpoint_load_newest(directory, &data, &found, err)) return false;
+    const char* load_from = t->run.checkpoint.load_from;
+    *from = found ? WEIGHTS_RUN : load_from[0] != '\0' ? WEIGHTS_ELSEWHERE : WEIGHTS_NOWHERE;
+    if (*from == WEIGHTS_NOWHERE) return true;
+    if (*from == WEIGHTS_ELSEWHERE) {
+        data.m = data.v = NULL;
+        if (!checkpoint_load(load_from, &data, err)) return false;
     }
     t->state = data.state;
+    fprintf(stderr, "weights from %s, step %llu\n", found ? directory : load_from,
+            (unsigned long long)t->state.step);
     return true;
 }
 
 // The weights a training run starts with: its own newest checkpoint, else checkpoint.load_from, else random.
 static bool load_or_init(Trainer* t, bool* resumed, Error* err) {
-    char directory[PATH_MAX];
-    CheckpointData data = checkpoint_data(t);
-    if (checkpoints_directory(t, directory, err) == NULL) return false;
-    if (!checkpoint_load_newest(directory, &data, resumed, err)) return false;
-    if (*resumed) {
-        t->state = data.state;
-        if (t->state.data_fingerprint != t->train.fingerprint)
-            return fail(
-                err, EXIT_CONFIG,
-                "the training data are not those that the checkpoint in %s was trained on (fingerprint "
-                "%016llx, now %016llx): restore data.train and batch.sequence_length, or start another "
-                "run with checkpoint.load_from and a new log.run_dir",
-                directory, (unsigned long long)t->state.data_fingerprint,
-                (unsigned long long)t->train.fingerprint);
-        return true;
-    }
-    t->state.data_fingerprint = t->train.fingerprint;
-    if (t->run.checkpoint.load_from[0] == '\0') {
-        gpt_init_weights(&t->gpt, t->run.seed);
-        return true;
-    }
-    data.m = data.v = NULL;
-    return checkpoint_load(t->run.checkpoint.load_from, &data, err);
+    enum WeightsFrom from;
+    if (!load_weights(t, &from, err)) return false;
+    *resumed = from == WEIGHTS_RUN;
+    if (from == WEIGHTS_NOWHERE) gpt_init_weights(&t->gpt, t->run.seed);
+    if (!*resumed) t->state = (TrainState){.data_fingerprint = t->train.fingerprint};
+    t->saved_step = t->state.step;
+    if (t->state.data_fingerprint == t->train.fingerprint) return true;
+    return fail(
+        err, EXIT_CONFIG,
+        "the training data are not those that the newest checkpoint in %s was trained on (fingerprint "
+        "%016llx, now %016llx): restore data.train, batch.sequence_length and seed, or start another run "
+        "with checkpoint.load_from and a new log.run_dir",
+        t->run.log.run_dir, (unsigned long long)t->state.data_fingerprint,
+        (unsigned long long)t->train.fingerprint);
 }
 
 static bool open_train(Trainer* t, Error* err) {
@@ -582,8 +585,9 @@ static bool choose_tokenizer_json(Trainer* t, Error* err) {
     const char* path = t->run.data.tokenizer;
     size_t n = strlen(path);
     if (n == 0) return true;
+    const char* slash = strrchr(path, '/');
     bool is_json = n > 5 && strcmp(path + n - 5, ".json") == 0;
-    if (is_json && strstr(path, "encoder.json") == NULL) {
+    if (is_json && strcmp(slash != NULL ? slash + 1 : path, "encoder.json") != 0) {
         snprintf(t->tokenizer_json, sizeof t->tokenizer_json, "%s", path);
         return true;
     }
@@ -592,6 +596,14 @@ static bool choose_tokenizer_json(Trainer* t, Error* err) {
     return make_directories(t->run.log.run_dir, err) &&
            path_join(t->tokenizer_json, t->run.log.run_dir, "tokenizer.json", err) &&
            tokenizer_save_json(&t->tokenizer, t->tokenizer_json, err);
+}
+
+static bool open_tokenizer(Trainer* t, Error* err) {
+    if (!tokenizer_load(&t->tokenizer, t->run.data.tokenizer, err)) return false;
+    if (t->tokenizer.vocab_size <= (uint32_t)t->run.model.vocab_size) return true;
+    return fail(err, EXIT_CONFIG,
+                "%s has %u tokens, more than model.vocab_size, %d: it is not this model's tokenizer",
+                t->run.data.tokenizer, t->tokenizer.vocab_size, t->run.model.vocab_size);
 }
 
 static bool open_data(Trainer* t, bool training, Error* err) {
@@ -612,11 +624,10 @@ static bool open_data(Trainer* t, bool training, Error* err) {
                     "data.document_mask is true but the shards do not say which token begins a "
                     "document: encode them with `corpus encode`, or set it to false");
     if (run->data.tokenizer[0] == '\0') return true;
-    if (!tokenizer_load(&t->tokenizer, run->data.tokenizer, err)) return false;
+    if (!open_tokenizer(t, err)) return false;
     TokenizerHash hash = tokenizer_hash(&t->tokenizer);
     uint64_t words[2] = {hash.low, hash.high};
-    return same_tokenizer(words, loader->tokenizer_hash, run->data.tokenizer, err) &&
-           choose_tokenizer_json(t, err);
+    return same_tokenizer(words, loader->tokenizer_hash, run->data.tokenizer, err);
 }
 
 static void trainer_close(Trainer* t) {
@@ -624,7 +635,8 @@ static void trainer_close(Trainer* t) {
     dataloader_close(&t->validation);
     tokenizer_free(&t->tokenizer);
     gpt_free(&t->gpt);
-    free(t->inputs), free(t->targets), free(t->doc_start);
+    metrics_close(&t->metrics);
+    free(t->inputs), free(t->targets), free(t->doc_start), free(t->config_json.data);
 }
 
 // The arrays of one micro-batch that gpt_forward and gpt_loss read.
@@ -633,6 +645,21 @@ static void create_batch(Trainer* t) {
     t->inputs = calloc_check(N, sizeof(int));
     t->targets = calloc_check(N, sizeof(int));
     t->doc_start = calloc_check(N, sizeof(int));
+}
+
+// The memory of a training run, line by line: the classes of gpt_plan, and the batches. Returns the sum.
+enum { PREFETCH_DEPTH = 2, MEMORY_BATCHES = NUM_MEMORY_CLASSES, NUM_MEMORY_LINES };
+
+static uint64_t memory_plan(const RunConfig* run, MemoryLine lines[NUM_MEMORY_LINES]) {
+    size_t bytes[NUM_MEMORY_CLASSES];
+    uint64_t T = (uint64_t)run->batch.sequence_length, total = 0;
+    gpt_plan(&run->model, run->batch.micro_batch_size, (int)T, run->precision.compute, true, bytes);
+    for (int i = 0; i < NUM_MEMORY_CLASSES; i++) lines[i] = (MemoryLine){memory_class_names[i], bytes[i]};
+    uint64_t ready = PREFETCH_DEPTH * (uint64_t)run->batch.global_batch_size * (T + 1) * sizeof(int32_t);
+    uint64_t current = 3 * (uint64_t)run->batch.micro_batch_size * T * sizeof(int); // create_batch
+    lines[MEMORY_BATCHES] = (MemoryLine){"batches", ready + current};
+    for (int i = 0; i < NUM_MEMORY_LINES; i++) total += lines[i].bytes;
+    return total;
 }
 
 // rows (B, T + 1) -> inputs and targets (B, T), one shifted against the other, and where documents start.
@@ -647,7 +674,8 @@ static void split_rows(Trainer* t, const int32_t* rows, int B) {
     }
 }
 
-// Mean loss over the validation set, or over its first eval.batches micro-batches.
+// Mean loss over the validation set, or over its first eval.batches micro-batches. A stop signal cuts it short,
+// and its result is then worth nothing.
 static bool evaluate(Trainer* t, Evaluation* e, Error* err) {
     int B = t->gpt.B, T = t->gpt.T;
     uint64_t num_rows = t->validation.rows, limit = (uint64_t)t->run.eval.batches * (uint64_t)B;
@@ -655,7 +683,7 @@ static bool evaluate(Trainer* t, Evaluation* e, Error* err) {
     int32_t* rows = malloc_check((size_t)B * (size_t)(T + 1) * sizeof *rows);
     double loss = 0, byte_loss = 0, bytes = 0;
     bool ok = true;
-    for (uint64_t first = 0; ok && first < num_rows; first += (uint64_t)B) {
+    for (uint64_t first = 0; ok && first < num_rows && stop_signal == 0; first += (uint64_t)B) {
         int now = num_rows - first < (uint64_t)B ? (int)(num_rows - first) : B;
         for (int b = 0; ok && b < now; b++)
             ok = dataloader_row(&t->validation, first + (uint64_t)b, rows + (size_t)b * (size_t)(T + 1), err);
@@ -677,22 +705,29 @@ static bool evaluate(Trainer* t, Evaluation* e, Error* err) {
     return ok;
 }
 
+// The prompt's tokens, behind the token that begins every document in our shards. The caller frees tokens->data.
+static bool prompt_tokens(const Trainer* t, Tokens* tokens, Error* err) {
+    const char* prompt = t->run.sample.prompt;
+    int room = t->run.model.max_position_embeddings;
+    Encoder encoder;
+    encoder_init(&encoder, &t->tokenizer);
+    if (t->tokenizer.eot_id >= 0) tokens_append(tokens, &(uint32_t){(uint32_t)t->tokenizer.eot_id}, 1);
+    encode(&encoder, prompt, strlen(prompt), tokens);
+    encoder_free(&encoder);
+    if (tokens->size > 0 && tokens->size < (size_t)room) return true;
+    return fail(err, EXIT_CONFIG, "sample.prompt is %zu tokens long; 1 to %d are possible with this model",
+                tokens->size, room - 1);
+}
+
 // Continues the prompt; the text (decoded, prompt included) is appended to out.
 static bool generate(Trainer* t, int number, String* out, Error* err) {
     const RunConfig* run = &t->run;
     int V = run->model.vocab_size, room = run->model.max_position_embeddings;
     int64_t eot = t->tokenizer.eot_id;
     Tokens tokens = {0};
-    Encoder encoder;
-    encoder_init(&encoder, &t->tokenizer);
-    if (eot >= 0)
-        tokens_append(&tokens, &(uint32_t){(uint32_t)eot}, 1); // a document begins with it, in our shards
-    encode(&encoder, run->sample.prompt, strlen(run->sample.prompt), &tokens);
-    encoder_free(&encoder);
-    if (tokens.size == 0 || tokens.size >= (size_t)room) {
+    if (!prompt_tokens(t, &tokens, err)) {
         free(tokens.data);
-        return fail(err, EXIT_CONFIG, "sample.prompt is %zu tokens long; between 1 and %d are possible",
-                    tokens.size, room - 1);
+        return false;
     }
     int capacity = (int)tokens.size + run->sample.max_new_tokens;
     Decoder decoder;
@@ -709,7 +744,7 @@ static bool generate(Trainer* t, int number, String* out, Error* err) {
         double u = random_uniform(run->sample.seed, RANDOM_SAMPLE, (uint64_t)number, tokens.size);
         int next = sample_token(decoder.logits, V, run->sample.temperature, run->sample.top_k,
                                 run->sample.top_p, u, candidates);
-        if (next == eot) break;
+        if (next == eot || next == run->model.eos_token_id) break;
         tokens_append(&tokens, &(uint32_t){(uint32_t)next}, 1);
     }
     free(candidates), free(tokens.data);
@@ -730,7 +765,7 @@ static StepResult train_step(Trainer* t, const int32_t* rows) {
     const RunConfig* run = &t->run;
     GPT* g = &t->gpt;
     int B = g->B, T = g->T, num_rows = run->batch.global_batch_size;
-    double start = seconds_now(), num_targets = (double)num_rows * T, loss = 0;
+    double num_targets = (double)num_rows * T, loss = 0; // training masks no target
     for (int row = 0; row < num_rows; row += B) {
         split_rows(t, rows + (size_t)row * (size_t)(T + 1), B);
         gpt_forward(g, t->inputs, run->data.document_mask ? t->doc_start : NULL, B);
@@ -743,18 +778,18 @@ static StepResult train_step(Trainer* t, const int32_t* rows) {
     double clip = run->optimizer.grad_clip;
     double grad_scale = clip > 0 && r.grad_norm > clip ? clip / r.grad_norm : 1.0;
     if (r.applied)
-        gpt_update(g, run, r.lr, grad_scale, t->state.step + 1);
+        gpt_update(g, run, r.lr, grad_scale, t->state.step - t->state.skipped_steps + 1);
     else
         memset(g->grads, 0, g->layout.num_parameters * sizeof(real));
     t->state.step++;
     t->state.rows += (uint64_t)num_rows;
     t->state.tokens += (uint64_t)num_rows * (uint64_t)T;
-    r.seconds = seconds_now() - start;
     return r;
 }
 
-static void report_step(Trainer* t, const StepResult* r, double seconds_per_step) {
+static void report_step(Trainer* t, const StepResult* r) {
     const RunConfig* run = &t->run;
+    double seconds_per_step = t->seconds_per_step;
     double tokens = (double)run->batch.global_batch_size * run->batch.sequence_length;
     double rate = tokens / seconds_per_step;
     double gflops = rate * flops_per_token(&run->model, run->batch.sequence_length, FLOPS_CAUSAL) / 1e9;
@@ -762,7 +797,7 @@ static void report_step(Trainer* t, const StepResult* r, double seconds_per_step
     format_duration(left, (double)((uint64_t)run->schedule.max_steps - t->state.step) * seconds_per_step);
     if (isfinite(t->bits_per_byte)) snprintf(bpb, sizeof bpb, "%.4f", t->bits_per_byte);
     printf(
-        "step %6llu/%d | loss %8.4f | val bpb %s | norm %7.3f | lr %.2e | %8.0f tok/s | %6.1f GFLOP/s | left %s%s\n",
+        "step %6llu/%d | loss %7.4f | val bpb %s | norm %6.3f | lr %.2e | %7.0f tok/s | %6.1f GFLOP/s | left %s%s\n",
         (unsigned long long)t->state.step, run->schedule.max_steps, r->loss, bpb, r->grad_norm, r->lr, rate,
         gflops, left, r->applied ? "" : " | SKIPPED: not finite");
     fflush(stdout);
@@ -782,6 +817,7 @@ static bool report_evaluation(Trainer* t, Error* err) {
     Evaluation e;
     double start = seconds_now();
     if (!evaluate(t, &e, err)) return false;
+    if (stop_signal != 0) return true;
     t->bits_per_byte = e.bits_per_byte;
     printf("eval %6llu | val loss %.4f | perplexity %.2f", (unsigned long long)t->state.step, e.loss,
            e.perplexity);
@@ -800,25 +836,25 @@ static bool report_samples(Trainer* t, Error* err) {
         String text = {NULL, 0, 0};
         if (!generate(t, i, &text, err)) return false;
         printf("---- sample %d at step %llu\n", i + 1, (unsigned long long)t->state.step);
-        print_escaped(stdout, text.data != NULL ? text.data : "", text.size);
+        print_escaped(stdout, text.data, text.size);
         printf("\n----\n");
         String line = event_begin("sample", t->state.step);
-        event_text(&line, "text", text.data != NULL ? text.data : "");
+        event_bytes(&line, "text", text.data, text.size);
         event_end(&t->metrics, &line);
         free(text.data);
     }
     return true;
 }
 
-static bool save(Trainer* t, const char* config_json, Error* err) {
+static bool save(Trainer* t, Error* err) {
     char directory[PATH_MAX];
     double start = seconds_now();
     CheckpointData data = checkpoint_data(t);
-    data.config_json = config_json;
     if (checkpoints_directory(t, directory, err) == NULL ||
         !checkpoint_save(directory, &data, t->run.checkpoint.keep_last,
                          (uint64_t)t->run.checkpoint.permanent_every, err))
         return false;
+    t->saved_step = t->state.step;
     printf("save %6llu | %s/step_%08llu in %.1f s\n", (unsigned long long)t->state.step, directory,
            (unsigned long long)t->state.step, seconds_now() - start);
     String line = event_begin("checkpoint", t->state.step);
@@ -833,54 +869,60 @@ static bool is_due(int every, uint64_t step, bool last) {
     return last || (every > 0 && step % (uint64_t)every == 0);
 }
 
-static bool train_loop(Trainer* t, const char* config_json, Error* err) {
+// What is due after a step: the checkpoint before what reads and may fail.
+static bool after_step(Trainer* t, const StepResult* r, Error* err) {
+    const RunConfig* run = &t->run;
+    uint64_t step = t->state.step;
+    bool last = step == (uint64_t)run->schedule.max_steps;
+    if (is_due(run->log.every, step, last) || !r->applied) report_step(t, r);
+    if (t->state.consecutive_skipped >= (uint64_t)run->guard.max_skipped_steps)
+        return fail(
+            err, EXIT_INTERNAL,
+            "training diverged: loss or gradient norm was not finite in %d steps in a row up to step %llu; "
+            "lower optimizer.learning_rate or look at the data, and resume from the last checkpoint "
+            "(guard.max_skipped_steps is the limit)",
+            run->guard.max_skipped_steps, (unsigned long long)step);
+    if (is_due(run->checkpoint.every, step, last) && !save(t, err)) {
+        // a full disk must not end a run that may go on for days: say it, keep training, try again later
+        if (last) return false;
+        fprintf(stderr, "warning: no checkpoint at step %llu: %s\n", (unsigned long long)step, err->text);
+        *err = (Error){0};
+    }
+    if (stop_signal == 0 && t->validation.rows > 0 && is_due(run->eval.every, step, last) &&
+        !report_evaluation(t, err))
+        return false;
+    bool sample_due = run->sample.every > 0 && is_due(run->sample.every, step, last);
+    return !sample_due || stop_signal != 0 || report_samples(t, err);
+}
+
+static bool train_loop(Trainer* t, Error* err) {
     const RunConfig* run = &t->run;
     Prefetch prefetch;
     int rows_per_step = run->batch.global_batch_size;
-    uint64_t max_steps = (uint64_t)run->schedule.max_steps;
-    if (t->state.step >= max_steps) return true;
-    if (!prefetch_start(&prefetch, &t->train, t->state.rows, (uint64_t)rows_per_step, 0, rows_per_step, 2,
-                        err))
+    if (!prefetch_start(&prefetch, &t->train, t->state.rows, (uint64_t)rows_per_step, 0, rows_per_step,
+                        PREFETCH_DEPTH, err))
         return false;
-    double smoothed = 0; // seconds a step: the mean at first, then an exponential average over about 20
-    bool ok = true, saved = false;
-    for (uint64_t done = 1; ok && stop_signal == 0 && t->state.step < max_steps; done++) {
+    bool ok = true;
+    for (int done = 1; ok && stop_signal == 0 && t->state.step < (uint64_t)run->schedule.max_steps; done++) {
+        double start = seconds_now();
         const int32_t* rows = prefetch_next(&prefetch, err);
-        if (rows == NULL) {
-            ok = false;
-            break;
-        }
+        ok = rows != NULL;
+        if (!ok) break;
         StepResult r = train_step(t, rows);
-        double weight = done < 20 ? 1.0 / (double)done : 0.05;
-        smoothed += weight * (r.seconds - smoothed);
-        bool last = t->state.step == max_steps;
-        saved = false;
-        if (is_due(run->log.every, t->state.step, last) || !r.applied) report_step(t, &r, smoothed);
-        if (t->state.consecutive_skipped >= (uint64_t)run->guard.max_skipped_steps)
-            ok = fail(
-                err, EXIT_INTERNAL,
-                "training diverged: loss or gradient norm was not finite in %d steps in a row up to step "
-                "%llu; lower optimizer.learning_rate or look at the data, and resume from the last "
-                "checkpoint (guard.max_skipped_steps is the limit)",
-                run->guard.max_skipped_steps, (unsigned long long)t->state.step);
-        if (ok && t->validation.rows > 0 && is_due(run->eval.every, t->state.step, last))
-            ok = report_evaluation(t, err);
-        if (ok && run->sample.every > 0 && is_due(run->sample.every, t->state.step, last))
-            ok = report_samples(t, err);
-        if (ok && is_due(run->checkpoint.every, t->state.step, last)) {
-            saved = save(t, config_json, err);
-            // a full disk must not end a run that may go on for days: say it, keep training, try again later
-            if (!saved && !last) {
-                fprintf(stderr, "warning: no checkpoint at step %llu: %s\n",
-                        (unsigned long long)t->state.step, err->text);
-                *err = (Error){0};
-            } else
-                ok = saved;
-        }
+        r.seconds = seconds_now() - start; // the wait for data included
+        t->seconds_per_step += (done < 20 ? 1.0 / done : 0.05) * (r.seconds - t->seconds_per_step);
+        ok = after_step(t, &r, err);
     }
     prefetch_stop(&prefetch);
-    if (ok && stop_signal != 0 && !saved) ok = save(t, config_json, err);
-    return ok;
+    // Whatever ended the run, what it has learnt is kept; but not what diverged.
+    Error unsaved = {0};
+    if (t->saved_step == t->state.step || err->code == EXIT_INTERNAL || save(t, &unsaved)) return ok;
+    if (ok)
+        *err = unsaved;
+    else
+        fprintf(stderr, "warning: no checkpoint at step %llu: %s\n", (unsigned long long)t->state.step,
+                unsaved.text);
+    return false;
 }
 
 // What a run looks like before its first step: enough to see a wrong tokenizer, a wrong shard, a wrong size.
@@ -888,6 +930,11 @@ static void print_start(const Trainer* t, bool resumed) {
     config_print(&t->run, stdout);
     dataloader_describe(&t->train, stdout);
     if (t->validation.rows > 0) dataloader_describe(&t->validation, stdout);
+    if (resumed)
+        printf("resumed at step %llu, after %llu tokens\n", (unsigned long long)t->state.step,
+               (unsigned long long)t->state.tokens);
+    if (t->state.step >= (uint64_t)t->run.schedule.max_steps)
+        printf("nothing to do: schedule.max_steps is %d\n", t->run.schedule.max_steps);
     if (t->run.data.tokenizer[0] == '\0') return;
     int T = t->run.batch.sequence_length;
     int32_t* row = malloc_check((size_t)(T + 1) * sizeof *row);
@@ -902,63 +949,106 @@ static void print_start(const Trainer* t, bool resumed) {
         printf("\n----\n");
     }
     free(row);
-    if (resumed)
-        printf("resumed at step %llu, after %llu tokens\n", (unsigned long long)t->state.step,
-               (unsigned long long)t->state.tokens);
 }
 
-static void log_start(Trainer* t, bool resumed, const char* config_json) {
+static void log_start(Trainer* t, bool resumed) {
     String line = event_begin(resumed ? "resume" : "start", t->state.step);
     event_text(&line, "version", VERSION);
     event_number(&line, "parameters", (double)model_num_parameters(&t->run.model));
     event_number(&line, "threads", omp_get_max_threads());
-    string_append(&line, ",\"config\":%s", config_json);
+    string_append(&line, ",\"config\":%s", t->config_json.data);
     event_end(&t->metrics, &line);
+}
+
+// `reason` is done, signal or error.
+static void log_stop(Trainer* t, const char* reason, const Error* err) {
+    String line = event_begin("stop", t->state.step);
+    event_text(&line, "reason", reason);
+    if (err->code != 0) event_text(&line, "error", err->text);
+    event_end(&t->metrics, &line);
+}
+
+// One trainer at a time: two in one run directory would take turns in overwriting each other's checkpoints.
+static bool lock_run_directory(Trainer* t, Error* err) {
+    const char* run_dir = t->run.log.run_dir;
+    if (!make_directories(run_dir, err)) return false;
+    t->run_dir_fd = open(run_dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (t->run_dir_fd < 0)
+        return fail(err, EXIT_CANNOT_WRITE, "cannot open %s: %s", run_dir, strerror(errno));
+    if (flock(t->run_dir_fd, LOCK_EX | LOCK_NB) == 0) return true;
+    return fail(err, EXIT_CANNOT_WRITE,
+                "another process is training in %s: wait for it, stop it, or name another "
+                "log.run_dir",
+                run_dir);
+}
+
+// run_config.json in the run directory; when it was there before, says what is different now.
+static bool write_run_config(Trainer* t, Error* err) {
+    char path[PATH_MAX];
+    size_t size;
+    Error none = {0};
+    if (!path_join(path, t->run.log.run_dir, "run_config.json", err)) return false;
+    char* before = read_file(path, JSON_MAX_BYTES, &size, &none);
+    if (before != NULL) config_print_changes(before, t->config_json.data, stdout);
+    free(before);
+    return replace_file(path, t->config_json.data, t->config_json.size, err);
+}
+
+static bool check_memory(const Trainer* t, Error* err) {
+    MemoryLine lines[NUM_MEMORY_LINES];
+    uint64_t total = memory_plan(&t->run, lines), there = physical_memory();
+    if (total <= there) return true;
+    return fail(
+        err, EXIT_OS,
+        "this run needs %.2f GB of memory and the machine has %.2f GB: halve "
+        "batch.micro_batch_size (the global batch can stay) or take a smaller model; `plan` says what needs how much",
+        (double)total / 1e9, (double)there / 1e9);
 }
 
 static bool command_train(Trainer* t, const char* argument, Error* err) {
     (void)argument;
     RunConfig* run = &t->run;
-    if (!make_directories(run->log.run_dir, err) || !open_data(t, true, err)) return false;
+    bool resumed = false;
+    Tokens prompt = {0};
+    if (!check_memory(t, err) || !lock_run_directory(t, err) || !open_data(t, true, err)) return false;
+    bool prompt_ok =
+        run->sample.every == 0 || prompt_tokens(t, &prompt, err); // rather now than after an hour
+    free(prompt.data);
+    if (!prompt_ok || !choose_tokenizer_json(t, err)) return false;
     gpt_create(&t->gpt, &run->model, run->batch.micro_batch_size, run->batch.sequence_length,
                run->precision.compute, true);
     create_batch(t);
-    bool resumed = false;
-    if (!load_or_init(t, &resumed, err)) return false;
-    String config_json = {NULL, 0, 0};
-    config_write_json(run, &config_json);
-    char path[PATH_MAX];
-    bool ok = path_join(path, run->log.run_dir, "run_config.json", err) &&
-              replace_file(path, config_json.data, config_json.size, err) &&
-              metrics_open(&t->metrics, run->log.run_dir, err);
-    if (ok) {
-        print_start(t, resumed);
-        log_start(t, resumed, config_json.data);
-        signal(SIGINT, on_signal), signal(SIGTERM, on_signal);
-        ok = train_loop(t, config_json.data, err);
-    }
-    if (ok) {
-        String line = event_begin("stop", t->state.step);
-        event_text(&line, "reason", stop_signal != 0 ? "signal" : "done");
-        event_end(&t->metrics, &line);
-        if (stop_signal != 0)
-            fail(err, EXIT_STOPPED,
-                 "stopped by signal %d after saving step %llu; the same command goes on from there",
-                 (int)stop_signal, (unsigned long long)t->state.step);
-        else
-            printf("done: step %llu; model directory %s/checkpoints/step_%08llu\n",
-                   (unsigned long long)t->state.step, run->log.run_dir, (unsigned long long)t->state.step);
-    }
-    metrics_close(&t->metrics);
-    free(config_json.data);
-    return ok && stop_signal == 0;
+    config_write_json(run, &t->config_json);
+    if (!load_or_init(t, &resumed, err) || !write_run_config(t, err) ||
+        !metrics_open(&t->metrics, run->log.run_dir, err))
+        return false;
+    print_start(t, resumed);
+    log_start(t, resumed);
+    signal(SIGINT, on_signal), signal(SIGTERM, on_signal), signal(SIGHUP, on_signal);
+    signal(SIGPIPE, SIG_IGN); // `train_gpt_cpu ... | head` ends the reader, not the run
+    bool ok = train_loop(t, err), done = t->state.step >= (uint64_t)run->schedule.max_steps;
+    if (ok && !done)
+        fail(err, EXIT_STOPPED,
+             "stopped by signal %d after saving step %llu; the same command goes on from there",
+             (int)stop_signal, (unsigned long long)t->state.step);
+    log_stop(t, !ok ? "error" : done ? "done" : "signal", err);
+    if (ok && done)
+        printf("done: step %llu; model directory %s/checkpoints/step_%08llu\n",
+               (unsigned long long)t->state.step, run->log.run_dir, (unsigned long long)t->state.step);
+    return ok && done;
 }
 
 // Opens what evaluating, sampling and exporting need: a model without room for a backward pass.
 static bool open_model(Trainer* t, int B, int T, Error* err) {
+    enum WeightsFrom from;
     gpt_create(&t->gpt, &t->run.model, B, T, t->run.precision.compute, false);
     create_batch(t);
-    return load_weights(t, err);
+    if (!load_weights(t, &from, err)) return false;
+    return from != WEIGHTS_NOWHERE ||
+           fail(err, EXIT_NO_INPUT,
+                "no checkpoint in %s/checkpoints: train first, or name a model directory with "
+                "checkpoint.load_from=DIR",
+                t->run.log.run_dir);
 }
 
 static bool command_eval(Trainer* t, const char* argument, Error* err) {
@@ -980,12 +1070,12 @@ static bool command_sample(Trainer* t, const char* argument, Error* err) {
     (void)argument;
     if (t->run.data.tokenizer[0] == '\0')
         return fail(err, EXIT_CONFIG, "data.tokenizer is empty: sample needs it to read and write text");
-    if (!tokenizer_load(&t->tokenizer, t->run.data.tokenizer, err) || !open_model(t, 1, 1, err)) return false;
+    if (!open_tokenizer(t, err) || !open_model(t, 1, 1, err)) return false;
     for (int i = 0; i < t->run.sample.num_samples; i++) {
         String text = {NULL, 0, 0};
         if (!generate(t, i, &text, err)) return false;
         if (i > 0) printf("----\n");
-        print_escaped(stdout, text.data != NULL ? text.data : "", text.size);
+        print_escaped(stdout, text.data, text.size);
         printf("\n");
         free(text.data);
     }
@@ -993,8 +1083,7 @@ static bool command_sample(Trainer* t, const char* argument, Error* err) {
 }
 
 static bool command_export(Trainer* t, const char* argument, Error* err) {
-    if (t->run.data.tokenizer[0] != '\0' &&
-        (!tokenizer_load(&t->tokenizer, t->run.data.tokenizer, err) || !choose_tokenizer_json(t, err)))
+    if (t->run.data.tokenizer[0] != '\0' && (!open_tokenizer(t, err) || !choose_tokenizer_json(t, err)))
         return false;
     if (!open_model(t, 1, 1, err)) return false;
     CheckpointData data = checkpoint_data(t);
@@ -1004,56 +1093,16 @@ static bool command_export(Trainer* t, const char* argument, Error* err) {
     return true;
 }
 
-// FLOP/s of this model's largest block matmul, on this machine, now.
-static double measure_matmul_rate(const ModelConfig* c, int rows, int compute) {
-    int C = c->hidden_size, FC = (int)model_dim(c, DIM_FC);
-    size_t inp_size = (size_t)rows * (size_t)C, weight_size = (size_t)FC * (size_t)C;
-    size_t scratch_bytes = matmul_scratch_bytes(compute, rows, C, FC), out_size = (size_t)rows * (size_t)FC;
-    real* inp = aligned_zeros((inp_size + weight_size + out_size) * sizeof(real) + 64 + scratch_bytes);
-    real *weight = inp + inp_size, *out = weight + weight_size;
-    Matmul mm;
-    matmul_init(&mm, compute,
-                (char*)inp + ((inp_size + weight_size + out_size) * sizeof(real) + 63) / 64 * 64,
-                scratch_bytes);
-    double best = 0, begin = seconds_now();
-    for (int i = 0; i < 3 || seconds_now() - begin < 0.2; i++) {
-        double start = seconds_now();
-        matmul_forward(out, inp, weight, NULL, rows, C, FC, &mm);
-        best = fmax(best, 2.0 * rows * C * FC / (seconds_now() - start));
-    }
-    matmul_free(&mm);
-    free(inp);
-    return best;
-}
-
-// Bytes read and written a second by all threads, on arrays far larger than the caches.
-static double measure_copy_rate(void) {
-    enum { SIZE = 1 << 27 };
-    char* memory = aligned_zeros(2 * (size_t)SIZE);
-    double best = 0;
-    for (int i = 0; i < 3; i++) {
-        double start = seconds_now();
-#pragma omp parallel for schedule(static)
-        for (int part = 0; part < 128; part++)
-            memcpy(memory + SIZE + part * (SIZE / 128), memory + part * (SIZE / 128), SIZE / 128);
-        best = fmax(best, 2.0 * SIZE / (seconds_now() - start));
-    }
-    free(memory);
-    return best;
-}
-
 static bool command_plan(Trainer* t, const char* argument, Error* err) {
     (void)argument, (void)err;
     const RunConfig* run = &t->run;
-    size_t bytes[NUM_MEMORY_CLASSES];
-    int B = run->batch.micro_batch_size, T = run->batch.sequence_length;
-    gpt_plan(&run->model, B, T, run->precision.compute, true, bytes);
-    Plan plan = {.run = run,
-                 .num_memory = NUM_MEMORY_CLASSES,
-                 .memory_names = memory_class_names,
-                 .memory_bytes = bytes,
-                 .threads = omp_get_max_threads()};
-    plan.matmul_rate = measure_matmul_rate(&run->model, B * T < 1024 ? B * T : 1024, run->precision.compute);
+    MemoryLine lines[NUM_MEMORY_LINES];
+    memory_plan(run, lines);
+    int rows = run->batch.micro_batch_size * run->batch.sequence_length;
+    Plan plan = {
+        .run = run, .num_memory = NUM_MEMORY_LINES, .memory = lines, .threads = omp_get_max_threads()};
+    plan.matmul_rate = measure_matmul_rate(rows < 1024 ? rows : 1024, run->model.hidden_size,
+                                           (int)model_dim(&run->model, DIM_FC), run->precision.compute);
     plan.copy_rate = measure_copy_rate();
     // a plan is made before there are data, too: without them it says nothing about epochs
     Error no_data = {0};
@@ -1138,9 +1187,9 @@ int main(int argc, char** argv) {
         print_usage(stderr, program);
         return EXIT_USAGE;
     }
-    static Trainer trainer; // a megabyte of config does not belong on the stack
+    static Trainer trainer;
     Error err = {0};
-    trainer.bits_per_byte = NAN;
+    trainer.bits_per_byte = NAN, trainer.metrics.fd = -1;
     if (!config_load(&trainer.run, argv[0], argc - needed, argv + needed, &err)) exit_with(&err);
     if (trainer.run.parallel.threads > 0) omp_set_num_threads(trainer.run.parallel.threads);
     bool ok = command->run(&trainer, needed == 2 ? argv[1] : NULL, &err);

@@ -50,16 +50,17 @@ typedef struct {
 typedef struct {
     const char* name;
     size_t offset;
-    bool hex; // 64 bits, which JSON's numbers do not hold: written as a string of 16 digits
+    bool hex;      // 64 bits, which JSON's numbers do not hold: written as a string of 16 digits
+    bool required; // not so for a field that older versions did not write: it is 0 then
 } TrainStateField;
 
 static const TrainStateField train_state_fields[] = {
-    {"step", offsetof(TrainState, step), false},
-    {"tokens", offsetof(TrainState, tokens), false},
-    {"rows", offsetof(TrainState, rows), false},
-    {"data_fingerprint", offsetof(TrainState, data_fingerprint), true},
-    {"skipped_steps", offsetof(TrainState, skipped_steps), false},
-    {"consecutive_skipped", offsetof(TrainState, consecutive_skipped), false},
+    {"step", offsetof(TrainState, step), false, true},
+    {"tokens", offsetof(TrainState, tokens), false, true},
+    {"rows", offsetof(TrainState, rows), false, true},
+    {"data_fingerprint", offsetof(TrainState, data_fingerprint), true, true},
+    {"skipped_steps", offsetof(TrainState, skipped_steps), false, false},
+    {"consecutive_skipped", offsetof(TrainState, consecutive_skipped), false, false},
 };
 enum { NUM_TRAIN_STATE_FIELDS = sizeof train_state_fields / sizeof train_state_fields[0] };
 
@@ -85,17 +86,25 @@ static inline bool hex64_from_json(const cJSON* item, uint64_t* value) {
     return item->valuestring[16] == '\0';
 }
 
+// A field that we do not know is a newer version's, and to go on without it would lose what it says: an error,
+// but no damage.
 static inline bool train_state_parse(TrainState* state, const char* text, const char* where, Error* err) {
     cJSON* json = cJSON_ParseWithOpts(text, NULL, 1);
-    bool ok = cJSON_GetArraySize(json) == NUM_TRAIN_STATE_FIELDS ||
-              fail(err, EXIT_BAD_DATA, "%s must have %d fields", where, NUM_TRAIN_STATE_FIELDS);
+    int known = 0;
+    bool ok = cJSON_IsObject(json) || fail(err, EXIT_BAD_DATA, "%s is not a JSON object", where);
+    memset(state, 0, sizeof *state);
     for (int i = 0; ok && i < NUM_TRAIN_STATE_FIELDS; i++) {
         const TrainStateField* field = &train_state_fields[i];
         const cJSON* item = cJSON_GetObjectItemCaseSensitive(json, field->name);
+        if (item == NULL && !field->required) continue;
         uint64_t* value = train_state_field(state, i);
+        known++;
         ok = (field->hex ? hex64_from_json(item, value) : safetensors_integer(item, value)) ||
              fail(err, EXIT_BAD_DATA, "%s: %s is missing or not a number", where, field->name);
     }
+    if (ok && cJSON_GetArraySize(json) != known)
+        ok = fail(err, EXIT_CONFIG,
+                  "%s has a field that this version does not know: use the version that wrote it", where);
     cJSON_Delete(json);
     return ok;
 }

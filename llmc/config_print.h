@@ -113,6 +113,29 @@ static inline void config_print(const RunConfig* run, FILE* out) {
     free(text.data);
 }
 
+// What is different between two resolved configs, a line for each key: a resumed run is allowed to change its
+// learning rate, but not silently. A `before` that is not JSON has nothing to compare.
+static inline void config_print_changes(const char* before, const char* now, FILE* out) {
+    cJSON *old_root = cJSON_Parse(before), *root = cJSON_Parse(now);
+    CHECK(root != NULL);
+    for (const cJSON* section = root->child; section != NULL && old_root != NULL; section = section->next) {
+        const cJSON* old_section = cJSON_GetObjectItemCaseSensitive(old_root, section->string);
+        bool object = cJSON_IsObject(section);
+        for (const cJSON* item = object ? section->child : section; item != NULL;
+             item = object ? item->next : NULL) {
+            const cJSON* old =
+                object ? cJSON_GetObjectItemCaseSensitive(old_section, item->string) : old_section;
+            if (cJSON_Compare(old, item, 1)) continue;
+            char *was = cJSON_PrintUnformatted(old), *is = cJSON_PrintUnformatted(item);
+            fprintf(out, "changed since the last start: %s%s%s was %s, is %s\n",
+                    object ? section->string : "", object ? "." : "", item->string,
+                    was != NULL ? was : "not there", is != NULL ? is : "?");
+            cJSON_free(was), cJSON_free(is);
+        }
+    }
+    cJSON_Delete(old_root), cJSON_Delete(root);
+}
+
 // What a knob may be, as a cell of the reference
 static inline void print_possible(FILE* out, const Knob* k) {
     switch (k->type) {

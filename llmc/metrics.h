@@ -4,6 +4,7 @@
 #include <math.h>
 
 #include "llmc/json.h"  // defines: json_append_string
+#include "llmc/utf8.h"  // defines: utf8_sequence
 #include "llmc/utils.h" // defines: String, string_append, write_all
 
 typedef struct {
@@ -58,6 +59,24 @@ static inline void event_number(String* line, const char* key, double value) {
 static inline void event_text(String* line, const char* key, const char* text) {
     string_append(line, ",\"%s\":", key);
     json_append_string(line, text);
+}
+
+// Text of a model: any bytes. JSON is UTF-8 and a C string ends at a NUL, so what is not UTF-8, and NULs, become
+// U+FFFD, the replacement character.
+static inline void event_bytes(String* line, const char* key, const char* bytes, size_t size) {
+    String text = {NULL, 0, 0};
+    const uint8_t *p = (const uint8_t*)bytes, *end = p + size;
+    string_append_bytes(&text, "", 0);
+    while (p < end) {
+        size_t n = *p != '\0' ? utf8_sequence(p, end) : 0;
+        if (n == 0)
+            string_append_bytes(&text, "\xEF\xBF\xBD", 3);
+        else
+            string_append_bytes(&text, p, n);
+        p += n != 0 ? n : 1;
+    }
+    event_text(line, key, text.data);
+    free(text.data);
 }
 
 static inline void event_end(Metrics* m, String* line) {

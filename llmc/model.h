@@ -277,45 +277,61 @@ typedef struct {
     size_t rows, cols; // as in memory, without vocabulary padding
 } HfTensor;
 
+// How many rows of a fused tensor its part has in a Llama checkpoint: q, k and v, or gate and up.
+static inline size_t hf_part_rows(const ModelConfig* c, const TensorSpec* t, int part) {
+    size_t q = model_dim(c, DIM_HEADS);
+    if (t->rows == DIM_QKV) return part == 0 ? q : (model_dim(c, DIM_QKV) - q) / 2;
+    if (t->rows == DIM_FC) return model_dim(c, DIM_FF);
+    return model_dim(c, t->rows);
+}
+
+// Describes rows [first_row, first_row + rows) of one copy of a tensor under the name that Hugging Face has for them.
+static inline void hf_tensor_fill(HfTensor* h, const ModelConfig* c, const ParameterLayout* p, int id,
+                                  int layer, const char* suffix, size_t first_row, size_t rows) {
+    const TensorSpec* t = &tensor_table[id];
+    const char* stem = c->family->conv1d ? "transformer.h" : "model.layers";
+    if (t->place == PER_LAYER)
+        snprintf(h->name, sizeof h->name, "%s.%d.%s", stem, layer, suffix);
+    else
+        snprintf(h->name, sizeof h->name, "%s", suffix);
+    h->rows = rows, h->cols = p->cols[id];
+    h->num_dims = t->cols == DIM_1 ? 1 : 2;
+    h->transposed = c->family->conv1d && t->place == PER_LAYER && h->num_dims == 2;
+    h->dims[0] = h->transposed ? h->cols : h->rows;
+    h->dims[1] = h->num_dims == 1 ? 1 : h->transposed ? h->rows : h->cols;
+    h->absent = p->size[id] == 0;
+    h->offset = tensor_offset(p, (enum TensorId)id, layer) + first_row * p->cols[id];
+}
+
+// One copy of one tensor: a single Hugging Face tensor for GPT-2, up to three for the others, none where neither
+// has it. A GPT-2 without biases still has them there, as zeros. Returns how many, and fills out if it is not NULL.
+static inline int hf_tensor_parts(HfTensor* out, const ModelConfig* c, const ParameterLayout* p, int id,
+                                  int layer) {
+    const TensorSpec* t = &tensor_table[id];
+    bool gpt2 = c->family->conv1d, fused = !gpt2 && t->llama[1] != NULL;
+    if (p->size[id] == 0 && !(gpt2 && t->init == INIT_ZERO)) return 0;
+    int parts = 0;
+    size_t row = 0;
+    while (parts < (fused ? 3 : 1) && (gpt2 || t->llama[parts] != NULL)) {
+        size_t whole = t->rows == DIM_VOCAB ? (size_t)c->vocab_size : p->rows[id];
+        size_t rows = fused ? hf_part_rows(c, t, parts) : whole;
+        if (out != NULL)
+            hf_tensor_fill(out + parts, c, p, id, layer, gpt2 ? t->gpt2 : t->llama[parts], row, rows);
+        row += rows;
+        parts++;
+    }
+    return parts;
+}
+
 // Fills out[] (or only counts when out is NULL) in the order of memory; returns how many there are.
 static inline int model_hf_tensors(const ModelConfig* c, HfTensor* out) {
     ParameterLayout p = parameter_layout(c);
-    bool gpt2 = c->family->conv1d;
-    size_t q = model_dim(c, DIM_HEADS), kv = (model_dim(c, DIM_QKV) - q) / 2, ff = model_dim(c, DIM_FF);
     int count = 0;
-    for (int place = BEFORE_LAYERS; place <= AFTER_LAYERS; place++) {
-        for (int layer = 0; layer < (place == PER_LAYER ? c->num_hidden_layers : 1); layer++) {
-            for (int i = 0; i < NUM_TENSORS; i++) {
-                const TensorSpec* t = &tensor_table[i];
-                bool absent = p.size[i] == 0;
-                bool zeros = absent && gpt2 && t->init == INIT_ZERO; // its bias is not optional there
-                if ((int)t->place != place || (absent && !zeros)) continue;
-                size_t row = 0, rows = t->rows == DIM_VOCAB ? (size_t)c->vocab_size : p.rows[i];
-                for (int part = 0; part < (gpt2 ? 1 : 3) && (gpt2 || t->llama[part] != NULL); part++) {
-                    bool split = !gpt2 && t->llama[1] != NULL;
-                    size_t part_rows = !split ? rows : t->rows == DIM_FC ? ff : part == 0 ? q : kv;
-                    if (out != NULL) {
-                        HfTensor* h = &out[count];
-                        const char* suffix = gpt2 ? t->gpt2 : t->llama[part];
-                        if (place == PER_LAYER)
-                            snprintf(h->name, sizeof h->name, "%s.%d.%s",
-                                     gpt2 ? "transformer.h" : "model.layers", layer, suffix);
-                        else
-                            snprintf(h->name, sizeof h->name, "%s", suffix);
-                        h->rows = part_rows, h->cols = p.cols[i];
-                        h->num_dims = t->cols == DIM_1 ? 1 : 2;
-                        h->transposed = c->family->conv1d && place == PER_LAYER && h->num_dims == 2;
-                        h->dims[0] = h->transposed ? h->cols : h->rows;
-                        h->dims[1] = h->num_dims == 1 ? 1 : h->transposed ? h->rows : h->cols;
-                        h->absent = absent;
-                        h->offset = tensor_offset(&p, (enum TensorId)i, layer) + row * p.cols[i];
-                    }
-                    row += part_rows;
-                    count++;
-                }
-            }
-        }
-    }
+    for (int place = BEFORE_LAYERS; place <= AFTER_LAYERS; place++)
+        for (int layer = 0; layer < (place == PER_LAYER ? c->num_hidden_layers : 1); layer++)
+            for (int id = 0; id < NUM_TENSORS; id++)
+                if ((int)tensor_table[id].place == place)
+                    count += hf_tensor_parts(out != NULL ? out + count : NULL, c, &p, id, layer);
     return count;
 }
 

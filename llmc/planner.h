@@ -6,15 +6,24 @@
 #include "llmc/metrics.h" // defines: format_duration
 
 typedef struct {
+    const char* name;
+    uint64_t bytes;
+} MemoryLine;
+
+typedef struct {
     const RunConfig* run;
-    int num_memory; // lines of the memory table
-    const char* const* memory_names;
-    const size_t* memory_bytes;
+    int num_memory;
+    const MemoryLine* memory;
     double matmul_rate; // FLOP/s, measured
     double copy_rate;   // bytes/s read and written, measured
     int threads;
     uint64_t train_tokens; // 0: no data yet
 } Plan;
+
+// Bytes of memory in this machine.
+static inline uint64_t physical_memory(void) {
+    return (uint64_t)sysconf(_SC_PHYS_PAGES) * (uint64_t)sysconf(_SC_PAGESIZE);
+}
 
 // 12345678 -> "12,345,678"
 static inline const char* with_commas(char out[32], uint64_t n) {
@@ -43,24 +52,27 @@ static inline void plan_print_model(const RunConfig* run, FILE* out) {
 
 static inline void plan_print_memory(const Plan* plan, FILE* out) {
     char n[32];
-    uint64_t total = 0;
-    fprintf(out, "memory       exact, in bytes\n");
+    uint64_t total = 0, there = physical_memory();
+    fprintf(out, "memory       every array that training keeps, in bytes\n");
     for (int i = 0; i < plan->num_memory; i++) {
-        fprintf(out, "  %-18s %20s\n", plan->memory_names[i], with_commas(n, plan->memory_bytes[i]));
-        total += plan->memory_bytes[i];
+        fprintf(out, "  %-18s %20s\n", plan->memory[i].name, with_commas(n, plan->memory[i].bytes));
+        total += plan->memory[i].bytes;
     }
-    fprintf(out, "  %-18s %20s   (%.2f GB, %.1f bytes a parameter)\n", "total", with_commas(n, total),
-            (double)total / 1e9, (double)total / (double)model_num_parameters(&plan->run->model));
+    fprintf(out, "  %-18s %20s   %.2f GB, %.1f bytes a parameter; this machine has %.2f GB: %s\n", "total",
+            with_commas(n, total), (double)total / 1e9,
+            (double)total / (double)model_num_parameters(&plan->run->model), (double)there / 1e9,
+            total <= there ? "it fits"
+                           : "IT DOES NOT FIT, halve batch.micro_batch_size or take a smaller model");
 }
 
-// Matmuls and attention at the measured matmul rate, and the optimizer's 28 bytes a parameter (weight, gradient
-// and two moments read, all but the gradient's value written) at the measured copy rate. What is left out (norms,
-// activations, the softmax) is small beside them.
+// Matmuls and attention at the measured matmul rate; the optimizer's 36 bytes a parameter (weight, gradient and two
+// moments read and written, and the gradient read once more for its norm) at the measured copy rate. What is left
+// out (norms, activations, the softmax) is small beside them.
 static inline double plan_step_seconds(const Plan* plan) {
     const RunConfig* run = plan->run;
     double tokens = (double)run->batch.global_batch_size * run->batch.sequence_length;
     double flops = tokens * flops_per_token(&run->model, run->batch.sequence_length, FLOPS_CAUSAL);
-    return flops / plan->matmul_rate + 28.0 * (double)model_num_parameters(&run->model) / plan->copy_rate;
+    return flops / plan->matmul_rate + 36.0 * (double)model_num_parameters(&run->model) / plan->copy_rate;
 }
 
 static inline void plan_print(const Plan* plan, FILE* out) {
@@ -93,6 +105,6 @@ static inline void plan_print(const Plan* plan, FILE* out) {
         "             and a copy at %.1f GB/s, measured now on %d threads\n",
         step, (double)tokens / seconds, whole, plan->matmul_rate / 1e9, plan->copy_rate / 1e9, plan->threads);
     // fp32 weights and two moments
-    fprintf(out, "checkpoint   %s bytes each, plus a few kilobytes; %d kept\n",
+    fprintf(out, "checkpoint   %s bytes each, plus the tokenizer; %d kept\n",
             with_commas(a, 12 * model_num_parameters(&run->model)), run->checkpoint.keep_last);
 }

@@ -31,7 +31,7 @@
 #endif
 
 // ----------------------------------------------------------------------------
-// exit codes: sysexits(3), what scripts/ and a scheduler decide by (dev/doc/runbook.md has the table)
+// exit codes: sysexits(3), what scripts/ and a scheduler decide by (README.md has the table)
 
 enum ExitCode {
     EXIT_OK = 0,
@@ -113,13 +113,15 @@ static inline bool checked_extent(uint64_t base, uint64_t count, uint64_t size, 
 // ----------------------------------------------------------------------------
 // memory: sizes here are our own, so running out is the end of the program
 
+static inline void out_of_memory(size_t bytes) {
+    Error err = {0, {0}};
+    fail(&err, EXIT_OS, "out of memory: cannot allocate %zu bytes", bytes);
+    exit_with(&err);
+}
+
 static inline void* malloc_check(size_t bytes) {
     void* p = malloc(bytes != 0 ? bytes : 1);
-    if (p == NULL) {
-        Error err = {0, {0}};
-        fail(&err, EXIT_OS, "out of memory: cannot allocate %zu bytes", bytes);
-        exit_with(&err);
-    }
+    if (p == NULL) out_of_memory(bytes);
     return p;
 }
 
@@ -131,11 +133,7 @@ static inline void* calloc_check(size_t count, size_t size) {
 
 static inline void* realloc_check(void* old, size_t bytes) {
     void* p = realloc(old, bytes != 0 ? bytes : 1);
-    if (p == NULL) {
-        Error err = {0, {0}};
-        fail(&err, EXIT_OS, "out of memory: cannot allocate %zu bytes", bytes);
-        exit_with(&err);
-    }
+    if (p == NULL) out_of_memory(bytes);
     return p;
 }
 
@@ -149,11 +147,7 @@ static inline char* strdup_check(const char* s) {
 static inline void* aligned_zeros(size_t bytes) {
     size_t alignment = bytes >= ((size_t)1 << 22) ? (size_t)1 << 21 : 64;
     void* p = NULL;
-    if (posix_memalign(&p, alignment, bytes != 0 ? bytes : 1) != 0) {
-        Error err = {0, {0}};
-        fail(&err, EXIT_OS, "out of memory: cannot allocate %zu bytes", bytes);
-        exit_with(&err);
-    }
+    if (posix_memalign(&p, alignment, bytes != 0 ? bytes : 1) != 0) out_of_memory(bytes);
     madvise(p, bytes, MADV_HUGEPAGE);
     return memset(p, 0, bytes);
 }
@@ -214,8 +208,12 @@ static inline bool make_directories(const char* path, Error* err) {
         if (partial[i] != '/' && partial[i] != '\0') continue;
         char was = partial[i];
         partial[i] = '\0';
+        struct stat st;
         if (mkdir(partial, 0777) != 0 && errno != EEXIST)
             return fail(err, EXIT_CANNOT_WRITE, "cannot create directory %s: %s", partial, strerror(errno));
+        if (stat(partial, &st) == 0 && !S_ISDIR(st.st_mode))
+            return fail(err, EXIT_CANNOT_WRITE, "cannot create directory %s: a file of that name is there",
+                        partial);
         partial[i] = was;
     }
     return true;

@@ -1,5 +1,5 @@
 // One whole training step of GPT-2 124M on random tokens: forward, backward, norm, AdamW.
-// usage: bench_step [STEPS]      each row in a process of its own, so that peak memory is the row's
+// usage, from the root of the tree: bench_step [STEPS]      each row in a process of its own, so that peak memory is the row's
 //
 // The baseline of a row is the same machine's matmul alone, measured in the same process: the step's FLOPs at
 // that rate. A ratio of 1 would mean that everything but the matmuls is free.
@@ -9,52 +9,20 @@
 
 #include "train_gpt.c"
 
-static ModelConfig gpt2_124M(void) {
-    ModelConfig c;
-    memset(&c, 0, sizeof c);
-    c.family = &model_families[0];
-    c.vocab_size = 50257, c.hidden_size = 768, c.num_hidden_layers = 12, c.num_attention_heads = 12;
-    c.num_key_value_heads = 12, c.head_dim = 64, c.intermediate_size = 3072, c.max_position_embeddings = 1024;
-    c.norm_eps = 1e-5, c.initializer_range = 0.02;
-    c.attention_bias = c.attention_output_bias = c.mlp_bias = c.norm_bias = c.tie_word_embeddings = true;
-    return c;
-}
-
-static double matmul_rate(int rows, int compute) {
-    enum { IN = 768, OUT = 3072 };
-    size_t scratch = matmul_scratch_bytes(compute, rows, IN, OUT);
-    size_t inp_size = (size_t)rows * IN, weight_size = (size_t)OUT * IN, out_size = (size_t)rows * OUT;
-    real* inp = aligned_zeros((inp_size + weight_size + out_size) * sizeof(real) + scratch);
-    Matmul mm;
-    matmul_init(&mm, compute, inp + inp_size + weight_size + out_size, scratch);
-    double best = 0;
-    for (int i = 0; i < 40; i++) {
-        double start = seconds_now();
-        matmul_forward(inp + inp_size + weight_size, inp, inp + inp_size, NULL, rows, IN, OUT, &mm);
-        best = fmax(best, 2.0 * rows * IN * OUT / (seconds_now() - start));
-    }
-    matmul_free(&mm);
-    free(inp);
-    return best;
-}
-
 static int compare_doubles(const void* a, const void* b) {
     double x = *(const double*)a, y = *(const double*)b;
     return x < y ? -1 : x > y;
 }
 
 static void bench(int B, int T, int compute, int steps) {
-    ModelConfig c = gpt2_124M();
-    RunConfig run;
-    memset(&run, 0, sizeof run);
-    run.optimizer.beta1 = 0.9, run.optimizer.beta2 = 0.95, run.optimizer.eps = 1e-8;
-    run.optimizer.weight_decay = 0.1;
-    double rate = matmul_rate(B * T, compute);
+    static RunConfig run;
+    Error err = {0};
+    if (!config_load(&run, "configs/gpt2_124M.json", 0, NULL, &err)) exit_with(&err);
+    ModelConfig c = run.model;
+    double rate = measure_matmul_rate(B * T, c.hidden_size, c.intermediate_size, compute);
     GPT g;
     gpt_create(&g, &c, B, T, compute, true);
-    for (int i = 0; i < NUM_TENSORS; i++)
-        for (int l = 0; l < tensor_copies(&c, i); l++)
-            init_tensor(g.params + tensor_offset(&g.layout, i, l), &c, i, l, 1);
+    gpt_init_weights(&g, 1);
     int tokens[4 * 1024 + 1];
     for (int i = 0; i <= B * T; i++) tokens[i] = (int)(random_bits(1, 0, 0, (uint64_t)i).x[0] % 50257u);
     double times[64];
