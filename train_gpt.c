@@ -1,18 +1,18 @@
 // train_gpt.c: the CPU reference. The whole algorithm of GPT pre-training in fp32, in one process.
 //
 // It is what the CUDA program is held against, so it prefers what is plainly right to what is clever: no
-// fast-math, no intrinsics, matmuls through oneDNN (or a plain loop), everything else a loop that the compiler
-// vectorises and OpenMP shares out. Read it from top to bottom:
+// fast-math, no intrinsics, matmuls through oneDNN (or a plain loop), everything else a loop that the
+// compiler vectorises and OpenMP shares out. Read it from top to bottom:
 //
-//     memory      what is kept for a model and a micro-batch, laid out by one function that also is the planner
+//     memory      what is kept for a model and a micro-batch; what lays it out is the planner, too
 //     forward     a block is a straight list of layers
 //     backward    the same list upside down
 //     decoding    one token at a time, with a cache of keys and values
 //     the run     weights from somewhere, steps, evaluation, samples, checkpoints
 //     commands    train, plan, eval, sample, export, checkpoint
 //
-// Shapes: B sequences, T positions, N = B * T rows, C hidden size, V vocabulary (Vp padded), L layers, NH query
-// heads, NKV key/value heads, HS head size, Q = NH * HS, QKV = Q + 2 * NKV * HS, FF feed-forward size,
+// Shapes: B sequences, T positions, N = B * T rows, C hidden size, V vocabulary (Vp padded), L layers, NH
+// query heads, NKV key/value heads, HS head size, Q = NH * HS, QKV = Q + 2 * NKV * HS, FF feed-forward size,
 // FC = FF, or 2 FF where a gate lies beside it. A gradient's name is its tensor's with a d in front.
 #include "llmc/checkpoint.h"      // defines: CheckpointData, TrainState, checkpoint_save, checkpoint_load ...
 #include "llmc/checkpoint_tool.h" // defines: checkpoint_verify, checkpoint_info, checkpoint_diff
@@ -37,15 +37,15 @@
 #include <signal.h>
 #include <sys/file.h>
 
-#ifdef TESTING // tests and benchmarks include this file, without the run and the commands, and take what they need
+#ifdef TESTING // tests and benchmarks include the model, not the run and the commands, and take what they need
 #pragma GCC diagnostic ignored "-Wunused-function"
 #endif
 
 // ----------------------------------------------------------------------------
 // memory
 
-// One copy of every parameter (or of its gradient) as the code of a block sees it: the layer's own tensors and
-// those outside the layers. Absent tensors are NULL. The order is tensor_table's.
+// One copy of every parameter (or of its gradient) as the code of a block sees it: the layer's own tensors
+// and those outside the layers. Absent tensors are NULL. The order is tensor_table's.
 typedef union {
     struct {
         real *wte, *wpe;                         // (Vp, C) (maxT, C)
@@ -106,8 +106,8 @@ typedef struct {
 // The logits of a whole micro-batch never exist at once: the head works on this many rows at a time.
 enum { LOGIT_ROWS = 256 };
 
-// Hands out consecutive pieces of one allocation. Without memory behind it, it only adds up: the function that
-// lays memory out is the function that plans it.
+// Hands out consecutive pieces of one allocation. Without memory behind it, it only adds up: the function
+// that lays memory out is the function that plans it.
 typedef struct {
     real* memory;
     size_t used; // in elements
@@ -295,8 +295,8 @@ static double gpt_loss(GPT* g, const int* targets, int B, real grad_scale) {
 }
 
 // ----------------------------------------------------------------------------
-// backward: parameter gradients are +=, so that micro-batches accumulate; the residual stream's gradient is +=,
-// since every block adds to the stream; all other activation gradients are =
+// backward: parameter gradients are +=, so that micro-batches accumulate; the residual stream's gradient is
+// +=, since every block adds to the stream; all other activation gradients are =
 
 static void block_backward(GPT* g, int l, int B) {
     const ModelConfig* c = &g->config;
@@ -519,8 +519,8 @@ static CheckpointData checkpoint_data(Trainer* t) {
 
 enum WeightsFrom { WEIGHTS_NOWHERE, WEIGHTS_RUN, WEIGHTS_ELSEWHERE };
 
-// The newest checkpoint of the run; where there is none, checkpoint.load_from. Moments are read where there is
-// memory for them. t->state is what the checkpoint says, zeros for a foreign model.
+// The newest checkpoint of the run; where there is none, checkpoint.load_from. Moments are read where there
+// is memory for them. t->state is what the checkpoint says, zeros for a foreign model.
 static bool load_weights(Trainer* t, enum WeightsFrom* from, Error* err) {
     char directory[PATH_MAX];
     CheckpointData data = checkpoint_data(t);
@@ -569,7 +569,8 @@ static bool open_train(Trainer* t, Error* err) {
                            (uint32_t)run->model.vocab_size, run->seed, true, err);
 }
 
-// Two loaders, or a loader and the tokenizer, must speak the same tokens: hashes are compared where both are known.
+// Two loaders, or a loader and the tokenizer, must speak the same tokens: hashes are compared where both are
+// known.
 static bool same_tokenizer(const uint64_t a[2], const uint64_t b[2], const char* what, Error* err) {
     if ((a[0] | a[1]) == 0 || (b[0] | b[1]) == 0 || (a[0] == b[0] && a[1] == b[1])) return true;
     return fail(err, EXIT_CONFIG,
@@ -674,8 +675,8 @@ static void split_rows(Trainer* t, const int32_t* rows, int B) {
     }
 }
 
-// Mean loss over the validation set, or over its first eval.batches micro-batches. A stop signal cuts it short,
-// and its result is then worth nothing.
+// Mean loss over the validation set, or over its first eval.batches micro-batches. A stop signal cuts it
+// short, and its result is then worth nothing.
 static bool evaluate(Trainer* t, Evaluation* e, Error* err) {
     int B = t->gpt.B, T = t->gpt.T;
     uint64_t num_rows = t->validation.rows, limit = (uint64_t)t->run.eval.batches * (uint64_t)B;
@@ -705,7 +706,8 @@ static bool evaluate(Trainer* t, Evaluation* e, Error* err) {
     return ok;
 }
 
-// The prompt's tokens, behind the token that begins every document in our shards. The caller frees tokens->data.
+// The prompt's tokens, behind the token that begins every document in our shards. The caller frees
+// tokens->data.
 static bool prompt_tokens(const Trainer* t, Tokens* tokens, Error* err) {
     const char* prompt = t->run.sample.prompt;
     int room = t->run.model.max_position_embeddings;
@@ -796,10 +798,10 @@ static void report_step(Trainer* t, const StepResult* r) {
     char left[24], bpb[16] = "-";
     format_duration(left, (double)((uint64_t)run->schedule.max_steps - t->state.step) * seconds_per_step);
     if (isfinite(t->bits_per_byte)) snprintf(bpb, sizeof bpb, "%.4f", t->bits_per_byte);
-    printf(
-        "step %6llu/%d | loss %7.4f | val bpb %s | norm %6.3f | lr %.2e | %7.0f tok/s | %6.1f GFLOP/s | left %s%s\n",
-        (unsigned long long)t->state.step, run->schedule.max_steps, r->loss, bpb, r->grad_norm, r->lr, rate,
-        gflops, left, r->applied ? "" : " | SKIPPED: not finite");
+    printf("step %6llu/%d | loss %7.4f | val bpb %s | norm %6.3f | lr %.2e | %7.0f tok/s | %6.1f GFLOP/s | "
+           "left %s%s\n",
+           (unsigned long long)t->state.step, run->schedule.max_steps, r->loss, bpb, r->grad_norm, r->lr,
+           rate, gflops, left, r->applied ? "" : " | SKIPPED: not finite");
     fflush(stdout);
     String line = event_begin("step", t->state.step);
     event_number(&line, "loss", r->loss);
@@ -1001,7 +1003,8 @@ static bool check_memory(const Trainer* t, Error* err) {
     return fail(
         err, EXIT_OS,
         "this run needs %.2f GB of memory and the machine has %.2f GB: halve "
-        "batch.micro_batch_size (the global batch can stay) or take a smaller model; `plan` says what needs how much",
+        "batch.micro_batch_size (the global batch can stay) or take a smaller model; `plan` says what needs "
+        "how much",
         (double)total / 1e9, (double)there / 1e9);
 }
 

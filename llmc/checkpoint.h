@@ -86,8 +86,8 @@ static inline bool hex64_from_json(const cJSON* item, uint64_t* value) {
     return item->valuestring[16] == '\0';
 }
 
-// A field that we do not know is a newer version's, and to go on without it would lose what it says: an error,
-// but no damage.
+// A field that we do not know is a newer version's, and to go on without it would lose what it says: an
+// error, but no damage.
 static inline bool train_state_parse(TrainState* state, const char* text, const char* where, Error* err) {
     cJSON* json = cJSON_ParseWithOpts(text, NULL, 1);
     int known = 0;

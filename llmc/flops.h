@@ -1,7 +1,7 @@
 // How many floating-point operations a token costs. Plain C.
 //
-// A multiply-add is two. Training costs three forward passes (forward, gradient of the inputs, gradient of the
-// weights). Two conventions are in use for attention, and a utilisation means nothing without the name:
+// A multiply-add is two. Training costs three forward passes (forward, gradient of the inputs, gradient of
+// the weights). Two conventions are in use for attention, and a utilisation means nothing without the name:
 //   causal  6 N + 6 L T (NH HS): each query meets T / 2 keys on average, what a causal kernel has to compute
 //   PaLM    6 N + 12 L T (NH HS): all T x T pairs, as if nothing were masked (arXiv 2204.02311, appendix B)
 // N counts the weights that take part in a matmul, the head included and embedding look-ups excluded.

@@ -1,6 +1,6 @@
 // The numbers stay sane: a step whose loss or gradient norm is not finite must not reach the weights.
-// The test is on isfinite(), not on a comparison: every comparison with a NaN is false, and so a guard written
-// as `norm > limit` lets exactly the worst step through.
+// The test is on isfinite(), not on a comparison: every comparison with a NaN is false, and so a guard
+// written as `norm > limit` lets exactly the worst step through.
 #pragma once
 #include <math.h>
 

@@ -1,5 +1,6 @@
 // What a run says: log.jsonl for programs (one object a line, the source of every plot and report) and the
-// step line for people. A log that cannot be written never stops a run: it is said once, and training goes on.
+// step line for people. A log that cannot be written never stops a run: it is said once, and training goes
+// on.
 #pragma once
 #include <math.h>
 
@@ -61,8 +62,8 @@ static inline void event_text(String* line, const char* key, const char* text) {
     json_append_string(line, text);
 }
 
-// Text of a model: any bytes. JSON is UTF-8 and a C string ends at a NUL, so what is not UTF-8, and NULs, become
-// U+FFFD, the replacement character.
+// Text of a model: any bytes. JSON is UTF-8 and a C string ends at a NUL, so what is not UTF-8, and NULs,
+// become U+FFFD, the replacement character.
 static inline void event_bytes(String* line, const char* key, const char* bytes, size_t size) {
     String text = {NULL, 0, 0};
     const uint8_t *p = (const uint8_t*)bytes, *end = p + size;

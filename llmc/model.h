@@ -130,9 +130,11 @@ static const TensorSpec tensor_table[NUM_TENSORS] = {
     {"ln1b",     PER_LAYER,     IF_NORM_BIAS, DIM_HIDDEN,    DIM_1,       INIT_ZERO,     false, SPLIT_NONE,
         "ln_1.bias",               {NULL, NULL, NULL}},
     {"qkvw",     PER_LAYER,     ALWAYS,       DIM_QKV,       DIM_HIDDEN,  INIT_NORMAL,   true,  SPLIT_ROWS,
-        "attn.c_attn.weight",      {"self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"}},
+        "attn.c_attn.weight",
+        {"self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"}},
     {"qkvb",     PER_LAYER,     IF_QKV_BIAS,  DIM_QKV,       DIM_1,       INIT_ZERO,     false, SPLIT_ROWS,
-        "attn.c_attn.bias",        {"self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"}},
+        "attn.c_attn.bias",
+        {"self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"}},
     {"attprojw", PER_LAYER,     ALWAYS,       DIM_HIDDEN,    DIM_HEADS,   INIT_RESIDUAL, true,  SPLIT_COLUMNS,
         "attn.c_proj.weight",      {"self_attn.o_proj.weight", NULL, NULL}},
     {"attprojb", PER_LAYER,     IF_OUT_BIAS,  DIM_HIDDEN,    DIM_1,       INIT_ZERO,     false, SPLIT_NONE,
@@ -285,7 +287,8 @@ static inline size_t hf_part_rows(const ModelConfig* c, const TensorSpec* t, int
     return model_dim(c, t->rows);
 }
 
-// Describes rows [first_row, first_row + rows) of one copy of a tensor under the name that Hugging Face has for them.
+// Describes rows [first_row, first_row + rows) of one copy of a tensor under the name that Hugging Face has
+// for them.
 static inline void hf_tensor_fill(HfTensor* h, const ModelConfig* c, const ParameterLayout* p, int id,
                                   int layer, const char* suffix, size_t first_row, size_t rows) {
     const TensorSpec* t = &tensor_table[id];
@@ -303,8 +306,9 @@ static inline void hf_tensor_fill(HfTensor* h, const ModelConfig* c, const Param
     h->offset = tensor_offset(p, (enum TensorId)id, layer) + first_row * p->cols[id];
 }
 
-// One copy of one tensor: a single Hugging Face tensor for GPT-2, up to three for the others, none where neither
-// has it. A GPT-2 without biases still has them there, as zeros. Returns how many, and fills out if it is not NULL.
+// One copy of one tensor: a single Hugging Face tensor for GPT-2, up to three for the others, none where
+// neither has it. A GPT-2 without biases still has them there, as zeros. Returns how many, and fills out if
+// it is not NULL.
 static inline int hf_tensor_parts(HfTensor* out, const ModelConfig* c, const ParameterLayout* p, int id,
                                   int layer) {
     const TensorSpec* t = &tensor_table[id];

@@ -1,5 +1,5 @@
-// Says what a run would take before it runs: parameters, FLOPs, memory to the byte, time. Plain C; the program
-// that would allocate the memory hands in the sizes, from the same functions that lay it out.
+// Says what a run would take before it runs: parameters, FLOPs, memory to the byte, time. Plain C; the
+// program that would allocate the memory hands in the sizes, from the same functions that lay it out.
 #pragma once
 #include "llmc/config.h"  // defines: RunConfig
 #include "llmc/flops.h"   // defines: flops_per_token, matmul_parameters
@@ -65,9 +65,9 @@ static inline void plan_print_memory(const Plan* plan, FILE* out) {
                            : "IT DOES NOT FIT, halve batch.micro_batch_size or take a smaller model");
 }
 
-// Matmuls and attention at the measured matmul rate; the optimizer's 36 bytes a parameter (weight, gradient and two
-// moments read and written, and the gradient read once more for its norm) at the measured copy rate. What is left
-// out (norms, activations, the softmax) is small beside them.
+// Matmuls and attention at the measured matmul rate; the optimizer's 36 bytes a parameter (weight, gradient
+// and two moments read and written, and the gradient read once more for its norm) at the measured copy rate.
+// What is left out (norms, activations, the softmax) is small beside them.
 static inline double plan_step_seconds(const Plan* plan) {
     const RunConfig* run = plan->run;
     double tokens = (double)run->batch.global_batch_size * run->batch.sequence_length;
@@ -84,18 +84,18 @@ static inline void plan_print(const Plan* plan, FILE* out) {
     double seconds = plan_step_seconds(plan);
     char a[32], b[32], step[16], whole[24];
     plan_print_model(run, out);
-    fprintf(
-        out,
-        "batch        %d sequences of %d = %s tokens a step, in %d micro-batches of %d; %s tokens in %d steps\n",
-        G, T, with_commas(a, tokens), G / B, B, with_commas(b, all), run->schedule.max_steps);
+    fprintf(out,
+            "batch        %d sequences of %d = %s tokens a step, in %d micro-batches of %d; "
+            "%s tokens in %d steps\n",
+            G, T, with_commas(a, tokens), G / B, B, with_commas(b, all), run->schedule.max_steps);
     if (plan->train_tokens != 0)
         fprintf(out, "data         %s tokens: %.2f epochs\n", with_commas(a, plan->train_tokens),
                 (double)all / (double)plan->train_tokens);
-    fprintf(
-        out,
-        "compute      %.4g FLOP a token counting causal attention (6 N + 6 L T Q), %.4g by PaLM's convention\n"
-        "             (6 N + 12 L T Q); %.3g FLOP in all (causal)\n",
-        causal, palm, causal * (double)all);
+    fprintf(out,
+            "compute      %.4g FLOP a token counting causal attention (6 N + 6 L T Q), "
+            "%.4g by PaLM's convention\n"
+            "             (6 N + 12 L T Q); %.3g FLOP in all (causal)\n",
+            causal, palm, causal * (double)all);
     plan_print_memory(plan, out);
     format_duration(whole, seconds * run->schedule.max_steps);
     snprintf(step, sizeof step, seconds < 1 ? "%.0f ms" : "%.2f s", seconds < 1 ? 1000 * seconds : seconds);

@@ -1,5 +1,5 @@
-// What this machine's processor and memory do right now: the two rates that `plan` predicts a step from, and that
-// benchmarks are measured against.
+// What this machine's processor and memory do right now: the two rates that `plan` predicts a step from, and
+// that benchmarks are measured against.
 #pragma once
 #include "llmc/matmul_cpu.h" // defines: Matmul, matmul_forward, matmul_scratch_bytes
 #include "llmc/utils.h"      // defines: aligned_zeros, seconds_now

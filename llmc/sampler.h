@@ -16,7 +16,8 @@ static inline int compare_candidates(const void* a, const void* b) {
 }
 
 // One token from logits (V). temperature 0 takes the most probable; top_k 0 and top_p 1 do not restrict.
-// u in (0, 1] is the random number; candidates (V) is scratch. A logit that is NaN is never taken, unless all are.
+// u in (0, 1] is the random number; candidates (V) is scratch. A logit that is NaN is never taken, unless all
+// are.
 static inline int sample_token(const float* logits, int V, double temperature, int top_k, double top_p,
                                double u, Candidate* candidates) {
     int best = 0;

@@ -10,8 +10,8 @@
 
 #include "llmc/config.h" // defines: RunConfig, ScheduleType
 
-// step counts from 0. In the warm-up it has (step + 1) / (warmup_steps + 1) of the peak: not 0 at first, and the peak
-// at step warmup_steps. With warmup_steps == max_steps the run is all warm-up; there is no way down.
+// step counts from 0. In the warm-up it has (step + 1) / (warmup_steps + 1) of the peak: not 0 at first, and
+// the peak at step warmup_steps. With warmup_steps == max_steps the run is all warm-up; there is no way down.
 static inline double learning_rate(const RunConfig* run, uint64_t step) {
     double peak = run->optimizer.learning_rate, final_lr = peak * run->schedule.final_lr_fraction;
     double warmup = run->schedule.warmup_steps, last = run->schedule.max_steps - 1.0, s = (double)step;

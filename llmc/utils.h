@@ -142,8 +142,8 @@ static inline char* strdup_check(const char* s) {
     return (char*)memcpy(malloc_check(n), s, n);
 }
 
-// Zeroed memory that starts on a cache line; free() releases it. Large pages are asked for: the big arrays are
-// walked from end to end, and page faults would be a visible part of the first step.
+// Zeroed memory that starts on a cache line; free() releases it. Large pages are asked for: the big arrays
+// are walked from end to end, and page faults would be a visible part of the first step.
 static inline void* aligned_zeros(size_t bytes) {
     size_t alignment = bytes >= ((size_t)1 << 22) ? (size_t)1 << 21 : 64;
     void* p = NULL;

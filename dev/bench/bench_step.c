@@ -1,5 +1,6 @@
 // One whole training step of GPT-2 124M on random tokens: forward, backward, norm, AdamW.
-// usage, from the root of the tree: bench_step [STEPS]      each row in a process of its own, so that peak memory is the row's
+// usage, from the root of the tree: bench_step [STEPS]      each row in a process of its own, so that peak
+// memory is the row's
 //
 // The baseline of a row is the same machine's matmul alone, measured in the same process: the step's FLOPs at
 // that rate. A ratio of 1 would mean that everything but the matmuls is free.
@@ -39,11 +40,11 @@ static void bench(int B, int T, int compute, int steps) {
     struct rusage usage;
     getrusage(RUSAGE_SELF, &usage);
     double flops = (double)(B * T) * flops_per_token(&c, T, FLOPS_CAUSAL), median = times[steps / 2];
-    printf(
-        "%-5s B=%d T=%-4d  median %6.0f ms (best %6.0f)  %6.0f tok/s  %6.1f GFLOP/s  ratio to matmul alone %.2f"
-        "  peak %.2f GB\n",
-        compute == MATMUL_BF16 ? "bf16" : "fp32", B, T, 1e3 * median, 1e3 * times[0], B * T / median,
-        flops / median / 1e9, median / (flops / rate), (double)usage.ru_maxrss * 1024 / 1e9);
+    printf("%-5s B=%d T=%-4d  median %6.0f ms (best %6.0f)  %6.0f tok/s  %6.1f GFLOP/s  "
+           "ratio to matmul alone %.2f"
+           "  peak %.2f GB\n",
+           compute == MATMUL_BF16 ? "bf16" : "fp32", B, T, 1e3 * median, 1e3 * times[0], B * T / median,
+           flops / median / 1e9, median / (flops / rate), (double)usage.ru_maxrss * 1024 / 1e9);
     fflush(stdout);
 }
 

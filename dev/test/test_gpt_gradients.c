@@ -1,6 +1,6 @@
-// Whole models, compiled in fp64, against central finite differences: every tensor of every family and option.
-// The loss is differentiated in up to PROBES elements of each tensor; the step of 1e-5 leaves an error of the
-// order of 1e-10 in the difference quotient, far below the 1e-6 that is asked for.
+// Whole models, compiled in fp64, against central finite differences: every tensor of every family and
+// option. The loss is differentiated in up to PROBES elements of each tensor; the step of 1e-5 leaves an
+// error of the order of 1e-10 in the difference quotient, far below the 1e-6 that is asked for.
 #define TESTING
 #define REAL double
 #include "train_gpt.c"
@@ -37,7 +37,8 @@ static double loss_of(Fixture* f, real grad_scale) {
     return gpt_loss(&f->gpt, f->targets, B, grad_scale);
 }
 
-// Random weights (of norms and of biases too, so that a forgotten one shows), random tokens, two masked targets.
+// Random weights (of norms and of biases too, so that a forgotten one shows), random tokens, two masked
+// targets.
 static void create(Fixture* f, const ModelConfig* c, bool documents) {
     memset(f, 0, sizeof *f);
     gpt_create(&f->gpt, c, B, T, MATMUL_FP32, true);

@@ -1,7 +1,7 @@
 // The reference against an independent implementation: transformers' own models, run in float64 by
-// dev/test/make_fixtures.py (dev/test/fixtures/README.md lists what each fixture pins down). fp32 results must
-// lie within 1e-5 of the largest expected value of their tensor: logits, loss, every gradient, ten losses and
-// gradient norms, and the weights after ten AdamW steps.
+// dev/test/make_fixtures.py (dev/test/fixtures/README.md lists what each fixture pins down). fp32 results
+// must lie within 1e-5 of the largest expected value of their tensor: logits, loss, every gradient, ten
+// losses and gradient norms, and the weights after ten AdamW steps.
 #define TESTING
 #include "train_gpt.c"
 
