@@ -114,7 +114,7 @@ if [ ! -e "$run/done" ] || [ configs/quickstart.json -nt "$run/done" ]; then
     say "training (Ctrl-C saves and stops; the same command goes on)"
     ./train_gpt_cpu configs/quickstart.json "data.train=$dir/data/train_*.bin" \
         "data.validation=$dir/data/val_*.bin" "data.tokenizer=$dir/data/tokenizer.json" "log.run_dir=$run" \
-        model.vocab_size=$vocab_size "${overrides[@]}"
+        model.vocab_size=$vocab_size model.eos_token_id=$((vocab_size - 1)) "${overrides[@]}"
     touch "$run/done"
     rm -f "$dir/sample.txt"
 fi

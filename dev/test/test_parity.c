@@ -71,8 +71,7 @@ static void compare(const char* fixture, const char* name, const float* ours, co
         fail_msg("%s: %s is off by %.3g of its largest value", fixture, name, worst / largest);
 }
 
-// Compares a memory of the shape of the parameters with the tensors PREFIX.NAME. A tensor whose true value is
-// zero throughout (the key bias's gradient) is held against the largest gradient of all instead.
+// Compares a memory of the shape of the parameters with the tensors PREFIX.NAME.
 static void compare_parameters(const GPT* g, const Expected* e, const char* fixture, const char* prefix,
                                const float* memory) {
     int count = model_hf_tensors(&g->config, NULL);
