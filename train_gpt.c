@@ -494,13 +494,32 @@ typedef struct {
     uint64_t tokens;
 } Evaluation;
 
-static volatile sig_atomic_t stop_signal = 0;
+// Signals that ask for a stop are blocked in every thread while training, and looked for between steps. There is
+// no handler, since a handler's frame could land on live data: oneDNN's generated code moves the stack pointer
+// (a barrage of handled signals during matmuls corrupted the heap, oneDNN 2.6.3). Ctrl-\ and SIGKILL still end
+// the program at once, which costs the steps since the last checkpoint and nothing else.
+static int stop_signal = 0; // the one that came
 
-// The first signal asks for a stop at the end of the step; a second one of the same kind ends the program at
-// once, which loses the steps since the last checkpoint and nothing else.
-static void on_signal(int signal_number) {
-    stop_signal = signal_number;
-    signal(signal_number, SIG_DFL);
+static sigset_t stop_signals(void) {
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGINT), sigaddset(&set, SIGTERM), sigaddset(&set, SIGHUP);
+    return set;
+}
+
+// Before the first parallel region, so that all threads inherit it.
+static void block_stop_signals(void) {
+    sigset_t set = stop_signals();
+    pthread_sigmask(SIG_BLOCK, &set, NULL);
+    signal(SIGPIPE, SIG_IGN); // `train_gpt_cpu ... | head` ends the reader, not the run
+}
+
+static bool stop_requested(void) {
+    sigset_t set = stop_signals();
+    const struct timespec no_wait = {0, 0};
+    int signal_number = stop_signal == 0 ? sigtimedwait(&set, NULL, &no_wait) : 0;
+    if (signal_number > 0) stop_signal = signal_number;
+    return stop_signal != 0;
 }
 
 static const char* checkpoints_directory(const Trainer* t, char out[PATH_MAX], Error* err) {
@@ -684,7 +703,7 @@ static bool evaluate(Trainer* t, Evaluation* e, Error* err) {
     int32_t* rows = malloc_check((size_t)B * (size_t)(T + 1) * sizeof *rows);
     double loss = 0, byte_loss = 0, bytes = 0;
     bool ok = true;
-    for (uint64_t first = 0; ok && first < num_rows && stop_signal == 0; first += (uint64_t)B) {
+    for (uint64_t first = 0; ok && first < num_rows && !stop_requested(); first += (uint64_t)B) {
         int now = num_rows - first < (uint64_t)B ? (int)(num_rows - first) : B;
         for (int b = 0; ok && b < now; b++)
             ok = dataloader_row(&t->validation, first + (uint64_t)b, rows + (size_t)b * (size_t)(T + 1), err);
@@ -711,9 +730,10 @@ static bool evaluate(Trainer* t, Evaluation* e, Error* err) {
 static bool prompt_tokens(const Trainer* t, Tokens* tokens, Error* err) {
     const char* prompt = t->run.sample.prompt;
     int room = t->run.model.max_position_embeddings;
+    uint32_t eot = (uint32_t)t->tokenizer.eot_id;
     Encoder encoder;
     encoder_init(&encoder, &t->tokenizer);
-    if (t->tokenizer.eot_id >= 0) tokens_append(tokens, &(uint32_t){(uint32_t)t->tokenizer.eot_id}, 1);
+    if (t->tokenizer.eot_id >= 0) tokens_append(tokens, &eot, 1);
     encode(&encoder, prompt, strlen(prompt), tokens);
     encoder_free(&encoder);
     if (tokens->size > 0 && tokens->size < (size_t)room) return true;
@@ -747,7 +767,8 @@ static bool generate(Trainer* t, int number, String* out, Error* err) {
         int next = sample_token(decoder.logits, V, run->sample.temperature, run->sample.top_k,
                                 run->sample.top_p, u, candidates);
         if (next == eot || next == run->model.eos_token_id) break;
-        tokens_append(&tokens, &(uint32_t){(uint32_t)next}, 1);
+        uint32_t id = (uint32_t)next;
+        tokens_append(&tokens, &id, 1);
     }
     free(candidates), free(tokens.data);
     decoder_free(&decoder);
@@ -819,7 +840,7 @@ static bool report_evaluation(Trainer* t, Error* err) {
     Evaluation e;
     double start = seconds_now();
     if (!evaluate(t, &e, err)) return false;
-    if (stop_signal != 0) return true;
+    if (stop_requested()) return true;
     t->bits_per_byte = e.bits_per_byte;
     printf("eval %6llu | val loss %.4f | perplexity %.2f", (unsigned long long)t->state.step, e.loss,
            e.perplexity);
@@ -890,11 +911,11 @@ static bool after_step(Trainer* t, const StepResult* r, Error* err) {
         fprintf(stderr, "warning: no checkpoint at step %llu: %s\n", (unsigned long long)step, err->text);
         *err = (Error){0};
     }
-    if (stop_signal == 0 && t->validation.rows > 0 && is_due(run->eval.every, step, last) &&
+    if (!stop_requested() && t->validation.rows > 0 && is_due(run->eval.every, step, last) &&
         !report_evaluation(t, err))
         return false;
     bool sample_due = run->sample.every > 0 && is_due(run->sample.every, step, last);
-    return !sample_due || stop_signal != 0 || report_samples(t, err);
+    return !sample_due || stop_requested() || report_samples(t, err);
 }
 
 static bool train_loop(Trainer* t, Error* err) {
@@ -905,7 +926,7 @@ static bool train_loop(Trainer* t, Error* err) {
                         PREFETCH_DEPTH, err))
         return false;
     bool ok = true;
-    for (int done = 1; ok && stop_signal == 0 && t->state.step < (uint64_t)run->schedule.max_steps; done++) {
+    for (int done = 1; ok && !stop_requested() && t->state.step < (uint64_t)run->schedule.max_steps; done++) {
         double start = seconds_now();
         const int32_t* rows = prefetch_next(&prefetch, err);
         ok = rows != NULL;
@@ -1013,6 +1034,7 @@ static bool command_train(Trainer* t, const char* argument, Error* err) {
     RunConfig* run = &t->run;
     bool resumed = false;
     Tokens prompt = {0};
+    block_stop_signals();
     if (!check_memory(t, err) || !lock_run_directory(t, err) || !open_data(t, true, err)) return false;
     bool prompt_ok =
         run->sample.every == 0 || prompt_tokens(t, &prompt, err); // rather now than after an hour
@@ -1027,13 +1049,11 @@ static bool command_train(Trainer* t, const char* argument, Error* err) {
         return false;
     print_start(t, resumed);
     log_start(t, resumed);
-    signal(SIGINT, on_signal), signal(SIGTERM, on_signal), signal(SIGHUP, on_signal);
-    signal(SIGPIPE, SIG_IGN); // `train_gpt_cpu ... | head` ends the reader, not the run
     bool ok = train_loop(t, err), done = t->state.step >= (uint64_t)run->schedule.max_steps;
     if (ok && !done)
         fail(err, EXIT_STOPPED,
-             "stopped by signal %d after saving step %llu; the same command goes on from there",
-             (int)stop_signal, (unsigned long long)t->state.step);
+             "stopped by signal %d at step %llu, which is saved; the same command goes on from there",
+             stop_signal, (unsigned long long)t->state.step);
     log_stop(t, !ok ? "error" : done ? "done" : "signal", err);
     if (ok && done)
         printf("done: step %llu; model directory %s/checkpoints/step_%08llu\n",

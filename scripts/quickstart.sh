@@ -20,6 +20,8 @@ if [ -n "$QUICK" ]; then
         model.num_attention_heads=4 model.num_key_value_heads=2 schedule.max_steps=30
         schedule.warmup_steps=5 eval.every=15 eval.batches=4 log.every=5)
 fi
+# Threads that wait sleep: on a core that something else needs too, spinning holds up the thread waited for.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 own_text="or give a text of your own: make quickstart TEXT=/path/to/file"
 
 say() { printf '\n== %s\n' "$*"; }

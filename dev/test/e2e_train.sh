@@ -70,9 +70,10 @@ for config in tiny_gpt2 tiny_llama; do
         ) &
         pid=$!
         until grep -q '"step":5,' "$work/$config.$run/log.jsonl" 2>/dev/null || ! kill -0 $pid 2>/dev/null; do sleep 0.01; done
-        kill -s $signal $pid
+        for _ in 1 2 3 4 5 6 7 8; do kill -s $signal $pid 2>/dev/null; done # an impatient user
         wait $pid
         check "$config: SIG$signal saves and exits 75" [ $? -eq 75 ]
+        check "$config: what it saved verifies" ./train_gpt_cpu checkpoint verify "$work/$config.$run"/checkpoints/step_*
         check "$config: it says so" grep -q 'stopped by signal' "$work/err"
         check "$config: it goes on from there" train $config $config.$run
         check "$config: with the bits of a run that never stopped" \
