@@ -495,15 +495,18 @@ typedef struct {
 } Evaluation;
 
 // Signals that ask for a stop are blocked in every thread while training, and looked for between steps. There is
-// no handler, since a handler's frame could land on live data: oneDNN's generated code moves the stack pointer
-// (a barrage of handled signals during matmuls corrupted the heap, oneDNN 2.6.3). Ctrl-\ and SIGKILL still end
-// the program at once, which costs the steps since the last checkpoint and nothing else.
+// no handler, since its frame could land on live data: oneDNN's generated gemm points the stack register into its
+// work area on the heap (2.6.3; a few signals in a hundred corrupted it). Ctrl-\ and SIGKILL still end the
+// program at once, which costs the steps since the last checkpoint and nothing else.
 static int stop_signal = 0; // the one that came
 
 static sigset_t stop_signals(void) {
     sigset_t set;
+    struct sigaction hangup;
     sigemptyset(&set);
-    sigaddset(&set, SIGINT), sigaddset(&set, SIGTERM), sigaddset(&set, SIGHUP);
+    sigaddset(&set, SIGINT), sigaddset(&set, SIGTERM);
+    if (sigaction(SIGHUP, NULL, &hangup) == 0 && hangup.sa_handler != SIG_IGN)
+        sigaddset(&set, SIGHUP); // no nohup
     return set;
 }
 
