@@ -104,7 +104,7 @@ typedef struct {
 } GPT;
 
 // The logits of a whole micro-batch never exist at once: the head works on this many rows at a time.
-enum { LOGIT_ROWS = 256 };
+enum { LOGIT_ROWS = 128 };
 
 // Hands out consecutive pieces of one allocation. Without memory behind it, it only adds up: the function
 // that lays memory out is the function that plans it.
