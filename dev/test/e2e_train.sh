@@ -108,6 +108,31 @@ check "documents are masked without complaint" train tiny_llama masked data.docu
 c=$(json '"event":"eval"' loss <"$work/masked/log.jsonl")
 check "and the mask changes the loss ($c)" [ "$c" != "$(json '"event":"eval"' loss <"$work/tiny_llama/log.jsonl")" ]
 
+# a model that knows nothing gives every token 1/512: a loss of ln 512, a perplexity of 512, 9 bits a token
+train tiny_gpt2 uniform model.initializer_range=1e-9 optimizer.learning_rate=1e-12 schedule.max_steps=1 schedule.warmup_steps=0
+loss=$(json '"event":"eval"' loss <"$work/uniform/log.jsonl") perplexity=$(json '"event":"eval"' perplexity <"$work/uniform/log.jsonl")
+bits=$(json '"event":"eval"' bits_per_byte <"$work/uniform/log.jsonl")
+check "a uniform model: loss $loss, perplexity $perplexity" \
+    awk -v l="$loss" -v p="$perplexity" 'BEGIN { exit !(l > 6.2382 && l < 6.2384 && p > 511.9 && p < 512.1) }'
+shards=$(cat "$work"/data/*.bin | wc -c) # 2 bytes a token
+check "its bits per byte, $bits, are 9 bits a token" awk -v b="$bits" -v bytes="$(wc -c <"$work/text.txt")" \
+    -v tokens=$((shards / 2)) 'BEGIN { r = b * bytes / tokens / 9; exit !(r > 0.85 && r < 1.15) }'
+tokens=$(json '"event":"step"' tokens <"$work/tiny_gpt2/log.jsonl")
+planned=$(command plan tiny_gpt2 tiny_gpt2 | sed -nE 's/.*; ([0-9,]+) tokens in 40 steps.*/\1/p' | tr -d ,)
+check "a finished run has seen the tokens that were planned ($tokens)" [ "$tokens" = "$planned" ]
+
+# what is due when
+train tiny_gpt2 due schedule.max_steps=25 checkpoint.every=10 checkpoint.keep_last=9 eval.every=20 log.every=5
+check "checkpoints every 10 steps and at the end" [ "$(cd "$work/due/checkpoints" && echo *)" = \
+    "step_00000010 step_00000020 step_00000025" ]
+check "evaluations every 20 steps and at the end, log lines every 5" [ \
+    "$(grep -c '"event":"eval"' "$work/due/log.jsonl") $(grep -c '"event":"step"' "$work/due/log.jsonl")" = "2 5" ]
+check "eval.batches counts micro-batches" [ "$(command eval tiny_gpt2 due eval.batches=2 | json loss tokens)" = 1024 ]
+for field in loss grad_norm learning_rate tokens tokens_per_second step_seconds gflops skipped_steps; do
+    check "a step in the log has $field" grep -q "\"event\":\"step\".*\"$field\":" "$work/due/log.jsonl"
+done
+check "the first step warms up: 1/5 of the peak" grep -q '"learning_rate":0.0006,' "$work/tiny_gpt2/log.jsonl"
+
 # samples
 command sample tiny_gpt2 tiny_gpt2 sample.prompt=static >"$work/a"
 command sample tiny_gpt2 tiny_gpt2 sample.prompt=static >"$work/b"
@@ -132,6 +157,9 @@ check "another model on resume" exits 78 "n_embd is 64 and 32" train tiny_gpt2 w
 check "a diverging run gives up: exit 70" exits 70 "not finite" train tiny_gpt2 diverged optimizer.learning_rate=100 \
     optimizer.grad_clip=0 optimizer.weight_decay=100 schedule.warmup_steps=0 schedule.max_steps=200
 check "its checkpoints are not touched by that" sh -c "! ls $work/diverged/checkpoints/step_* 2>/dev/null"
+train tiny_gpt2 skipped optimizer.learning_rate=100 optimizer.grad_clip=0 optimizer.weight_decay=100 \
+    schedule.warmup_steps=0 schedule.max_steps=200 checkpoint.every=1 checkpoint.keep_last=2 guard.max_skipped_steps=3
+check "a skipped step leaves the weights as they were" sh -c "cmp $work/skipped/checkpoints/step_*/model.safetensors"
 check "eval without a checkpoint: exit 66" exits 66 "no checkpoint" command eval tiny_gpt2 none
 touch "$work/file"
 check "a run directory that is a file: exit 73" exits 73 "$work/file" train tiny_gpt2 file/run

@@ -530,6 +530,37 @@ static void test_export(void** state) {
     weights_free(&w);
 }
 
+// Standard deviations as the table says, residual projections smaller by sqrt(2 L); norms begin at one, biases at
+// zero; no two layers and no two tensors begin alike.
+static void test_initial_weights(void** state) {
+    (void)state;
+    ModelConfig c;
+    memset(&c, 0, sizeof c);
+    c.family = &model_families[0];
+    c.vocab_size = c.hidden_size = 128, c.num_hidden_layers = 8, c.initializer_range = 0.02;
+    c.num_attention_heads = c.num_key_value_heads = 2, c.head_dim = 64;
+    c.intermediate_size = 128, c.max_position_embeddings = 128;
+    c.attention_bias = c.attention_output_bias = c.mlp_bias = c.norm_bias = true;
+    enum { MOST = 3 * 128 * 128 };
+    static float w[MOST], other[MOST];
+    ParameterLayout p = parameter_layout(&c);
+    for (int id = 0; id < NUM_TENSORS; id++) {
+        size_t n = p.size[id];
+        init_tensor(w, &c, (enum TensorId)id, 0, 1);
+        double squares = 0, expected = tensor_table[id].init == INIT_ONE ? 1 : 0;
+        for (size_t i = 0; i < n; i++) squares += (double)w[i] * (double)w[i];
+        if (tensor_table[id].init == INIT_NORMAL) expected = 0.02;
+        if (tensor_table[id].init == INIT_RESIDUAL) expected = 0.02 / 4; // sqrt(2 * 8)
+        if (n != 0 && fabs(sqrt(squares / (double)n) - expected) > 0.03 * expected)
+            fail_msg("%s: %g instead of %g", tensor_table[id].name, sqrt(squares / (double)n), expected);
+    }
+    init_tensor(w, &c, FCPROJW, 0, 1);
+    init_tensor(other, &c, FCPROJW, 1, 1);
+    assert_memory_not_equal(w, other, 128 * 128 * sizeof(float));
+    init_tensor(other, &c, ATTPROJW, 0, 1);
+    assert_memory_not_equal(w, other, 128 * 128 * sizeof(float));
+}
+
 #define IN_WORK(test) cmocka_unit_test_setup_teardown(test, setup, teardown)
 
 int main(void) {
@@ -543,6 +574,7 @@ int main(void) {
         cmocka_unit_test(test_bad_indexes),
         IN_WORK(test_not_a_model),
         IN_WORK(test_export),
+        cmocka_unit_test(test_initial_weights),
     };
     return cmocka_run_group_tests_name("model_files", tests, NULL, NULL);
 }
