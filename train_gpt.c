@@ -1220,6 +1220,9 @@ int main(int argc, char** argv) {
     if (trainer.run.parallel.threads > 0) omp_set_num_threads(trainer.run.parallel.threads);
     bool ok = command->run(&trainer, needed == 2 ? argv[1] : NULL, &err);
     trainer_close(&trainer);
+    // what the other commands print is their result; a training run has its log
+    if (ok && command->run != command_train && fflush(stdout) != 0)
+        ok = fail(&err, EXIT_IO, "cannot write to standard output: %s", strerror(errno));
     if (!ok) exit_with(&err);
     return EXIT_OK;
 }

@@ -233,7 +233,7 @@ static inline bool write_all(int fd, const void* data, size_t bytes) {
 // The whole of a regular file of at most max_bytes, with a NUL behind its last byte; NULL on failure.
 // Caller frees.
 static inline char* read_file(const char* path, size_t max_bytes, size_t* size, Error* err) {
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // non-blocking: a FIFO must not hang the open
     struct stat st;
     if (fd < 0 || fstat(fd, &st) != 0) {
         fail(err, EXIT_NO_INPUT, "cannot open %s: %s", path, strerror(errno));

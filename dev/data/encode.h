@@ -6,7 +6,7 @@
 #include "dev/data/pipeline.h"     // defines: Pipeline, pipeline_run, WorkUnit, document_text, is_blank
 #include "dev/data/shard_writer.h" // defines: ShardWriter, shard_writer_*, shard_publish, shard_discard
 #include "llmc/tokenizer.h"        // defines: Tokenizer, Encoder, encode, Tokens, tokenizer_hash
-#include <glob.h>
+#include <dirent.h>
 
 enum Split { SPLIT_TRAIN, SPLIT_VAL, NUM_SPLITS };
 static const char* const SPLIT_NAMES[NUM_SPLITS] = {"train", "val"};
@@ -142,15 +142,29 @@ static inline bool emit_unit(void* context, const WorkUnit* unit, Error* err) {
 // ----------------------------------------------------------------------------
 // the whole
 
-// Shards and indexes of either side that lie in the folder.
+// train_NNNNNN or val_NNNNNN, .bin or .idx
+static inline bool is_shard_name(const char* name) {
+    const char* rest = strncmp(name, "train_", 6) == 0 ? name + 6
+                       : strncmp(name, "val_", 4) == 0 ? name + 4
+                                                       : "";
+    return strspn(rest, "0123456789") == 6 &&
+           (strcmp(rest + 6, ".bin") == 0 || strcmp(rest + 6, ".idx") == 0);
+}
+
+// Shards and indexes of either side that lie in the folder. No glob: the folder's own name may look like one.
 static inline bool find_shards(const char* dir, StringList* found, Error* err) {
-    glob_t matches;
-    char pattern[PATH_MAX];
-    if (!path_join(pattern, dir, "{train,val}_[0-9][0-9][0-9][0-9][0-9][0-9].{bin,idx}", err)) return false;
-    if (glob(pattern, GLOB_BRACE, NULL, &matches) == 0)
-        for (size_t i = 0; i < matches.gl_pathc; i++) string_list_add(found, matches.gl_pathv[i]);
-    globfree(&matches);
-    return true;
+    char path[PATH_MAX];
+    bool ok = true;
+    DIR* folder = opendir(dir);
+    if (folder == NULL)
+        return errno == ENOENT || fail(err, EXIT_CANNOT_WRITE, "cannot open %s: %s", dir, strerror(errno));
+    for (const struct dirent* entry; ok && (entry = readdir(folder)) != NULL;) {
+        if (!is_shard_name(entry->d_name)) continue;
+        ok = path_join(path, dir, entry->d_name, err);
+        if (ok) string_list_add(found, path);
+    }
+    closedir(folder);
+    return ok;
 }
 
 // Puts the finished shards in the place of what was there.
