@@ -42,7 +42,7 @@ VERSION := $(shell git describe --tags --always --dirty 2>/dev/null || echo unkn
 PROGRAMS := $(BIN)/train_gpt_cpu $(BIN)/corpus
 UNIT     := $(patsubst dev/test/%.c,$(BUILD)/test/%,$(wildcard dev/test/test_*.c))
 # Programs that the end-to-end tests run.
-DRIVERS  := $(patsubst dev/test/%.c,$(BUILD)/test/%,$(filter-out dev/test/test_%,$(wildcard dev/test/*.c)))
+DRIVERS  := $(patsubst dev/test/%.c,$(BUILD)/test/%,$(filter-out dev/test/test_% dev/test/reference.c,$(wildcard dev/test/*.c)))
 E2E      := $(wildcard dev/test/e2e_*.sh)
 BENCH    := $(patsubst dev/bench/%.c,$(BUILD)/bench/%,$(wildcard dev/bench/bench_*.c))
 FUZZ     := $(patsubst dev/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard dev/fuzz/fuzz_*.c))

@@ -10,7 +10,14 @@
 
 enum { CONFIG_TEXT = 1024, MAX_DATA_SOURCES = 32 };
 enum ScheduleType { SCHEDULE_COSINE, SCHEDULE_LINEAR, SCHEDULE_WSD, SCHEDULE_CONSTANT };
-enum ComputePrecision { COMPUTE_FP32, COMPUTE_BF16 }; // in the order of MatmulCompute
+enum ComputePrecision { COMPUTE_AUTO, COMPUTE_FP32, COMPUTE_TF32, COMPUTE_BF16 };
+enum StoredPrecision { STORE_FP32, STORE_BF16 };
+enum Recompute {
+    RECOMPUTE_NONE,
+    RECOMPUTE_ACTIVATION,
+    RECOMPUTE_NORM,
+    RECOMPUTE_BLOCK
+}; // each and all before
 
 typedef struct {
     char name[64], path[CONFIG_TEXT];
@@ -28,6 +35,7 @@ typedef struct {
     } data;
     struct {
         int micro_batch_size, sequence_length, global_batch_size;
+        int recompute; // a Recompute
     } batch;
     struct {
         double learning_rate, beta1, beta2, eps, weight_decay, grad_clip;
@@ -38,9 +46,12 @@ typedef struct {
     } schedule;
     struct {
         int threads;
+        bool autotune, cuda_graph;
     } parallel;
     struct {
-        int compute; // a ComputePrecision
+        int compute;                            // a ComputePrecision; COMPUTE_AUTO until gpt_resolve
+        int master_weights, gradients, moments; // StoredPrecision
+        bool fused_gelu;
     } precision;
     struct {
         int every, keep_last, permanent_every;
@@ -116,6 +127,8 @@ static const Knob knobs[] = {
         "tokens in a sequence (T); at most `model.max_position_embeddings`"},
     {"batch", "global_batch_size", KNOB_INT, AT(batch.global_batch_size), "0", 0, 1 << 24, NULL,
         "sequences in an optimizer step, a multiple of `micro_batch_size`; 0: the same"},
+    {"batch", "recompute", KNOB_CHOICE, AT(batch.recompute), "\"none\"", 0, 0, "none|activation|norm|block",
+        "GPU: what the backward pass computes again instead of keeping; each includes those before it"},
     {"optimizer", "learning_rate", KNOB_NUMBER, AT(optimizer.learning_rate), NULL, 0, 100, NULL,
         "AdamW's, at the peak of the schedule"},
     {"optimizer", "beta1", KNOB_NUMBER, AT(optimizer.beta1), "0.9", 0, 0.999999, NULL,
@@ -140,8 +153,20 @@ static const Knob knobs[] = {
         "learning rate of the last step, as a share of the peak; not for constant"},
     {"parallel", "threads", KNOB_INT, AT(parallel.threads), "0", 0, 1024, NULL,
         "CPU threads; 0: one for each core"},
-    {"precision", "compute", KNOB_CHOICE, AT(precision.compute), "\"fp32\"", 0, 0, "fp32|bf16",
-        "what the inputs of matmuls are rounded to; sums are fp32"},
+    {"parallel", "autotune", KNOB_BOOL, AT(parallel.autotune), "false", 0, 0, NULL,
+        "GPU: time the matmul's algorithms on first use and keep the choice beside the run"},
+    {"parallel", "cuda_graph", KNOB_BOOL, AT(parallel.cuda_graph), "false", 0, 0, NULL,
+        "GPU: launch a micro-batch as one CUDA graph"},
+    {"precision", "compute", KNOB_CHOICE, AT(precision.compute), "\"auto\"", 0, 0, "auto|fp32|tf32|bf16",
+        "what the inputs of matmuls are rounded to, sums are fp32; auto: bf16 in `train_gpt`, else fp32"},
+    {"precision", "master_weights", KNOB_CHOICE, AT(precision.master_weights), "\"fp32\"", 0, 0, "fp32|bf16",
+        "the weights that the optimizer changes; bf16 (GPU): with stochastic rounding"},
+    {"precision", "gradients", KNOB_CHOICE, AT(precision.gradients), "\"fp32\"", 0, 0, "fp32|bf16",
+        "what micro-batches add up their gradients in; bf16: GPU"},
+    {"precision", "moments", KNOB_CHOICE, AT(precision.moments), "\"fp32\"", 0, 0, "fp32|bf16",
+        "AdamW's moments; bf16 (GPU): with stochastic rounding"},
+    {"precision", "fused_gelu", KNOB_BOOL, AT(precision.fused_gelu), "true", 0, 0, NULL,
+        "GPU: GELU inside the matmul, from its fp32 sum; not with `batch.recompute` activation or norm"},
     {"checkpoint", "every", KNOB_INT, AT(checkpoint.every), "0", 0, STEPS_MAX, NULL,
         "steps between checkpoints; 0: only at the end"},
     {"checkpoint", "keep_last", KNOB_INT, AT(checkpoint.keep_last), "2", 1, 1000000, NULL,
@@ -472,6 +497,12 @@ static inline bool check_rules(const ConfigReader* r, RunConfig* run) {
                          "with sequence_length %d this model would need more than "
                          "2^50 bytes",
                          run->batch.sequence_length);
+    // GELU of its rounded input, computed again, is not to the bit what the matmul made of its fp32 sum
+    bool gelu = run->model.family->activation == ACTIVATION_GELU_TANH;
+    bool again = run->batch.recompute == RECOMPUTE_ACTIVATION || run->batch.recompute == RECOMPUTE_NORM;
+    if (gelu && again && run->precision.fused_gelu)
+        return fail_rule(r, "batch", "recompute",
+                         "precision.fused_gelu must then be false; block goes with both");
     if (run->schedule.warmup_steps > run->schedule.max_steps)
         return fail_rule(r, "schedule", "warmup_steps", "at most schedule.max_steps, %d, is possible",
                          run->schedule.max_steps);

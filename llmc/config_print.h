@@ -6,9 +6,10 @@
 // ----------------------------------------------------------------------------
 // the resolved config
 
+// The name of choice n.
 static inline void append_choice(String* out, const char* choices, int n) {
     while (n-- > 0) choices = strchr(choices, '|') + 1;
-    string_append(out, "\"%.*s\"", (int)strcspn(choices, "|"), choices);
+    string_append(out, "%.*s", (int)strcspn(choices, "|"), choices);
 }
 
 static inline void append_sources(String* out, const RunConfig* run) {
@@ -58,7 +59,9 @@ static inline void append_knob(String* out, const RunConfig* run, const Knob* k)
         json_append_string(out, (const char*)field);
         return;
     case KNOB_CHOICE:
+        string_append(out, "\"");
         append_choice(out, k->choices, *(const int*)field);
+        string_append(out, "\"");
         return;
     case KNOB_SOURCES:
         append_sources(out, run);

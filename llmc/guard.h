@@ -6,13 +6,13 @@
 
 #include "llmc/checkpoint.h" // defines: TrainState
 
-// Decides whether the step may be applied, and keeps count in the state that checkpoints store.
-static inline bool guard_accepts(TrainState* state, double loss, double grad_norm) {
-    if (isfinite(loss) && isfinite(grad_norm)) {
-        state->consecutive_skipped = 0;
-        return true;
-    }
-    state->skipped_steps++;
-    state->consecutive_skipped++;
-    return false;
+// May the step be applied? The program that computes it asks, on the GPU in a kernel of the same formula.
+static inline bool guard_accepts(double loss, double grad_norm) {
+    return isfinite(loss) && isfinite(grad_norm);
+}
+
+// Keeps count in the state that checkpoints store.
+static inline void guard_count(TrainState* state, bool applied) {
+    state->skipped_steps += !applied;
+    state->consecutive_skipped = applied ? 0 : state->consecutive_skipped + 1;
 }

@@ -14,10 +14,11 @@ typedef struct {
     const RunConfig* run;
     int num_memory;
     const MemoryLine* memory;
-    double matmul_rate; // FLOP/s, measured
-    double copy_rate;   // bytes/s read and written, measured
-    int threads;
-    uint64_t train_tokens; // 0: no data yet
+    uint64_t memory_limit;     // bytes; 0: not known
+    const char* memory_advice; // what would make it fit; NULL: it fits, or nothing would
+    double matmul_rate;        // FLOP/s, measured; 0: not known
+    double copy_rate;          // bytes/s read and written, measured
+    uint64_t train_tokens;     // 0: no data yet
 } Plan;
 
 // Bytes of memory in this machine.
@@ -52,17 +53,23 @@ static inline void plan_print_model(const RunConfig* run, FILE* out) {
 
 static inline void plan_print_memory(const Plan* plan, FILE* out) {
     char n[32];
-    uint64_t total = 0, there = physical_memory();
+    uint64_t total = 0, there = plan->memory_limit;
     fprintf(out, "memory       every array that training keeps, in bytes\n");
     for (int i = 0; i < plan->num_memory; i++) {
         fprintf(out, "  %-18s %20s\n", plan->memory[i].name, with_commas(n, plan->memory[i].bytes));
         total += plan->memory[i].bytes;
     }
-    fprintf(out, "  %-18s %20s   %.2f GB, %.1f bytes a parameter; this machine has %.2f GB: %s\n", "total",
-            with_commas(n, total), (double)total / 1e9,
-            (double)total / (double)model_num_parameters(&plan->run->model), (double)there / 1e9,
-            total <= there ? "it fits"
-                           : "IT DOES NOT FIT, halve batch.micro_batch_size or take a smaller model");
+    fprintf(out, "  %-18s %20s   %.2f GB, %.1f bytes a parameter; ", "total", with_commas(n, total),
+            (double)total / 1e9, (double)total / (double)model_num_parameters(&plan->run->model));
+    if (there == 0)
+        fprintf(out, "what there is for it is not known here\n");
+    else
+        fprintf(out, "there are %.2f GB: %s\n", (double)there / 1e9,
+                total <= there ? "it fits" : "IT DOES NOT FIT");
+    if (there != 0 && total > there)
+        fprintf(out, "               %s%s\n",
+                plan->memory_advice != NULL ? "it would with " : "take a smaller model",
+                plan->memory_advice != NULL ? plan->memory_advice : "");
 }
 
 // Matmuls and attention at the measured matmul rate; the optimizer's 36 bytes a parameter (weight, gradient
@@ -75,14 +82,26 @@ static inline double plan_step_seconds(const Plan* plan) {
     return flops / plan->matmul_rate + 36.0 * (double)model_num_parameters(&run->model) / plan->copy_rate;
 }
 
+static inline void plan_print_time(const Plan* plan, FILE* out) {
+    double seconds = plan_step_seconds(plan);
+    double tokens = (double)plan->run->batch.global_batch_size * plan->run->batch.sequence_length;
+    char step[16], whole[24];
+    format_duration(whole, seconds * plan->run->schedule.max_steps);
+    snprintf(step, sizeof step, seconds < 1 ? "%.0f ms" : "%.2f s", seconds < 1 ? 1000 * seconds : seconds);
+    fprintf(
+        out,
+        "time         about %s a step, %.0f tokens/s, %s in all: an estimate from a matmul at %.0f GFLOP/s\n"
+        "             and a copy at %.1f GB/s, measured now\n",
+        step, tokens / seconds, whole, plan->matmul_rate / 1e9, plan->copy_rate / 1e9);
+}
+
 static inline void plan_print(const Plan* plan, FILE* out) {
     const RunConfig* run = plan->run;
     int T = run->batch.sequence_length, B = run->batch.micro_batch_size, G = run->batch.global_batch_size;
     uint64_t tokens = (uint64_t)G * (uint64_t)T, all = tokens * (uint64_t)run->schedule.max_steps;
     double causal = flops_per_token(&run->model, T, FLOPS_CAUSAL),
            palm = flops_per_token(&run->model, T, FLOPS_PALM);
-    double seconds = plan_step_seconds(plan);
-    char a[32], b[32], step[16], whole[24];
+    char a[32], b[32];
     plan_print_model(run, out);
     fprintf(out,
             "batch        %d sequences of %d = %s tokens a step, in %d micro-batches of %d; "
@@ -97,13 +116,10 @@ static inline void plan_print(const Plan* plan, FILE* out) {
             "             (6 N + 12 L T Q); %.3g FLOP in all (causal)\n",
             causal, palm, causal * (double)all);
     plan_print_memory(plan, out);
-    format_duration(whole, seconds * run->schedule.max_steps);
-    snprintf(step, sizeof step, seconds < 1 ? "%.0f ms" : "%.2f s", seconds < 1 ? 1000 * seconds : seconds);
-    fprintf(
-        out,
-        "time         about %s a step, %.0f tokens/s, %s in all: an estimate from a matmul at %.0f GFLOP/s\n"
-        "             and a copy at %.1f GB/s, measured now on %d threads\n",
-        step, (double)tokens / seconds, whole, plan->matmul_rate / 1e9, plan->copy_rate / 1e9, plan->threads);
+    if (plan->matmul_rate > 0 && plan->copy_rate > 0)
+        plan_print_time(plan, out);
+    else
+        fprintf(out, "time         not known: there is no device here to measure\n");
     // fp32 weights and two moments
     fprintf(out, "checkpoint   %s bytes each, plus the tokenizer; %d kept\n",
             with_commas(a, 12 * model_num_parameters(&run->model)), run->checkpoint.keep_last);

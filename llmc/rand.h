@@ -6,18 +6,25 @@
 #include <math.h>
 #include <stdint.h>
 
+#ifdef __CUDACC__ // kernels draw from the same streams as the host
+#define HOST_DEVICE __host__ __device__
+#else
+#define HOST_DEVICE
+#endif
+
 // What a stream of numbers is for; part of the key, so that no two uses ever share numbers.
 enum RandomStream {
-    RANDOM_INIT = 1,   // weights: (tensor, element)
-    RANDOM_DATA = 2,   // order of the training rows: (epoch, index)
-    RANDOM_SAMPLE = 3, // text generation: (sample, position)
+    RANDOM_INIT = 1,     // weights: (tensor, element)
+    RANDOM_DATA = 2,     // order of the training rows: (epoch, index)
+    RANDOM_SAMPLE = 3,   // text generation: (sample, position)
+    RANDOM_ROUNDING = 4, // stochastic rounding: (step, element)
 };
 
 typedef struct {
     uint32_t x[4];
 } Philox;
 
-static inline Philox philox(uint64_t seed, uint64_t counter_high, uint64_t counter_low) {
+HOST_DEVICE static inline Philox philox(uint64_t seed, uint64_t counter_high, uint64_t counter_low) {
     uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
     Philox c = {{(uint32_t)counter_low, (uint32_t)(counter_low >> 32), (uint32_t)counter_high,
                  (uint32_t)(counter_high >> 32)}};
@@ -32,19 +39,22 @@ static inline Philox philox(uint64_t seed, uint64_t counter_high, uint64_t count
 }
 
 // The counter of a stream: 8 bits say what for, 56 bits which (tensor, epoch, sample).
-static inline Philox random_bits(uint64_t seed, int stream, uint64_t which, uint64_t index) {
+HOST_DEVICE static inline Philox random_bits(uint64_t seed, int stream, uint64_t which, uint64_t index) {
     return philox(seed, ((uint64_t)stream << 56) | (which & 0xFFFFFFFFFFFFFFull), index);
 }
 
 // (0, 1], 32 bits: never 0, so that its logarithm is finite
-static inline double uniform_from_bits(uint32_t bits) { return ((double)bits + 1.0) * (1.0 / 4294967296.0); }
+HOST_DEVICE static inline double uniform_from_bits(uint32_t bits) {
+    return ((double)bits + 1.0) * (1.0 / 4294967296.0);
+}
 
-static inline double random_uniform(uint64_t seed, int stream, uint64_t which, uint64_t index) {
+HOST_DEVICE static inline double random_uniform(uint64_t seed, int stream, uint64_t which, uint64_t index) {
     return uniform_from_bits(random_bits(seed, stream, which, index).x[0]);
 }
 
 // Four N(0, 1) numbers from one block, by Box-Muller: element i of a tensor is number i % 4 of block i / 4.
-static inline void random_normal4(float out[4], uint64_t seed, int stream, uint64_t which, uint64_t block) {
+HOST_DEVICE static inline void random_normal4(float out[4], uint64_t seed, int stream, uint64_t which,
+                                              uint64_t block) {
     Philox b = random_bits(seed, stream, which, block);
     for (int i = 0; i < 4; i += 2) {
         float radius = sqrtf(-2.0f * logf((float)uniform_from_bits(b.x[i])));

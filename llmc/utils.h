@@ -38,6 +38,7 @@ enum ExitCode {
     EXIT_USAGE = 64,        // the command line
     EXIT_BAD_DATA = 65,     // a damaged or foreign shard, checkpoint or tokenizer
     EXIT_NO_INPUT = 66,     // a file that is not there or cannot be read
+    EXIT_NO_DEVICE = 69,    // no GPU that this program can use: driver, device or architecture
     EXIT_INTERNAL = 70,     // an invariant of ours failed, or training diverged (guard)
     EXIT_OS = 71,           // out of memory, no thread
     EXIT_CANNOT_WRITE = 73, // an output cannot be created

@@ -20,9 +20,11 @@ static void bench(int B, int T, int compute, int steps) {
     Error err = {0};
     if (!config_load(&run, "configs/gpt2_124M.json", 0, NULL, &err)) exit_with(&err);
     ModelConfig c = run.model;
-    double rate = measure_matmul_rate(B * T, c.hidden_size, c.intermediate_size, compute);
+    run.precision.compute = compute;
+    double rate = measure_matmul_rate(B * T, c.hidden_size, c.intermediate_size,
+                                      compute == COMPUTE_BF16 ? MATMUL_BF16 : MATMUL_FP32);
     GPT g;
-    gpt_create(&g, &c, B, T, compute, true);
+    if (!gpt_create(&g, &run, B, T, true, &err)) exit_with(&err);
     gpt_init_weights(&g, 1);
     int tokens[4 * 1024 + 1];
     for (int i = 0; i <= B * T; i++) tokens[i] = (int)(random_bits(1, 0, 0, (uint64_t)i).x[0] % 50257u);
@@ -43,7 +45,7 @@ static void bench(int B, int T, int compute, int steps) {
     printf("%-5s B=%d T=%-4d  median %6.0f ms (best %6.0f)  %6.0f tok/s  %6.1f GFLOP/s  "
            "ratio to matmul alone %.2f"
            "  peak %.2f GB\n",
-           compute == MATMUL_BF16 ? "bf16" : "fp32", B, T, 1e3 * median, 1e3 * times[0], B * T / median,
+           compute == COMPUTE_BF16 ? "bf16" : "fp32", B, T, 1e3 * median, 1e3 * times[0], B * T / median,
            flops / median / 1e9, median / (flops / rate), (double)usage.ru_maxrss * 1024 / 1e9);
     fflush(stdout);
 }
@@ -51,7 +53,7 @@ static void bench(int B, int T, int compute, int steps) {
 int main(int argc, char** argv) {
     const struct {
         int B, T, compute;
-    } rows[] = {{4, 64, MATMUL_FP32}, {4, 256, MATMUL_FP32}, {4, 64, MATMUL_BF16}, {4, 256, MATMUL_BF16}};
+    } rows[] = {{4, 64, COMPUTE_FP32}, {4, 256, COMPUTE_FP32}, {4, 64, COMPUTE_BF16}, {4, 256, COMPUTE_BF16}};
     long steps = argc > 1 ? strtol(argv[1], NULL, 10) : 5;
     if (steps < 1 || steps > 64) return EXIT_USAGE;
     for (size_t i = 0; i < sizeof rows / sizeof rows[0]; i++) {

@@ -164,6 +164,21 @@ check "eval without a checkpoint: exit 66" exits 66 "no checkpoint" command eval
 touch "$work/file"
 check "a run directory that is a file: exit 73" exits 73 "$work/file" train tiny_gpt2 file/run
 check "no such config: exit 66" exits 66 "absent.json" train absent none
+check "tf32 is not the CPU's: exit 78" exits 78 "precision.compute=fp32 or bf16" train tiny_gpt2 none precision.compute=tf32
+for key in master_weights gradients moments; do
+    check "training with precision.$key=bf16 is not the CPU's: exit 78" exits 78 "precision.$key=fp32" \
+        train tiny_gpt2 none precision.$key=bf16
+    check "what was trained so may be evaluated" command eval tiny_gpt2 tiny_gpt2 precision.$key=bf16 eval.batches=1
+done
+config=$work/whole/run_config.json
+cp "$config" "$work/before"
+check "a lower schedule.max_steps trains nothing" train tiny_gpt2 whole schedule.max_steps=6 optimizer.learning_rate=1
+check "and the run's config stays that of its steps" cmp "$work/before" "$config"
+for arguments in "help" "help config" "--version" "checkpoint info $work/whole/checkpoints/step_00000010"; do
+    # shellcheck disable=SC2086 # words
+    ./train_gpt_cpu $arguments >/dev/full 2>"$work/err"
+    check "${arguments%% /*} to a full disk: exit 74" [ $? -eq 74 ]
+done
 ./train_gpt_cpu >/dev/null 2>&1
 check "no arguments: usage, exit 64" [ $? -eq 64 ]
 check "--help exits 0" ./train_gpt_cpu --help

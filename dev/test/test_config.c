@@ -429,12 +429,40 @@ static void defaults_are_the_tables(void** state) {
     assert_true(run.optimizer.beta1 == 0.9 && run.optimizer.eps == 1e-8 && run.optimizer.weight_decay == 0.1);
     assert_true(run.schedule.decay_fraction == 0.2 && run.schedule.final_lr_fraction == 0.1);
     assert_int_equal(run.schedule.type, SCHEDULE_COSINE);
-    assert_int_equal(run.precision.compute, COMPUTE_FP32);
+    assert_int_equal(run.precision.compute, COMPUTE_AUTO);
+    assert_true(run.precision.fused_gelu && !run.parallel.autotune && !run.parallel.cuda_graph);
+    assert_int_equal(run.precision.gradients | run.precision.moments | run.precision.master_weights,
+                     STORE_FP32);
+    assert_int_equal(run.batch.recompute, RECOMPUTE_NONE);
     assert_int_equal(run.checkpoint.keep_last, 2);
     assert_int_equal(run.guard.max_skipped_steps, 10);
     assert_true(run.sample.temperature == 1.0 && run.sample.top_p == 1.0 && !run.data.document_mask);
     parse(good, "batch.global_batch_size=0");
     assert_int_equal(run.batch.global_batch_size, run.batch.micro_batch_size);
+}
+
+// GELU fused into the matmul cannot be computed again alone; SwiGLU is never fused.
+static void fused_gelu_excludes_its_recompute(void** state) {
+    (void)state;
+    static const struct {
+        const char *recompute, *fused, *model;
+        bool ok;
+    } cases[] = {
+        {"activation", "true", "gpt2", false}, {"norm", "true", "gpt2", false},
+        {"block", "true", "gpt2", true},       {"none", "true", "gpt2", true},
+        {"activation", "false", "gpt2", true}, {"norm", "false", "gpt2", true},
+        {"activation", "true", "llama", true}, {"norm", "true", "llama", true},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        char path[64], recompute[64], fused[64], *overrides[] = {recompute, fused};
+        Error err = {0};
+        snprintf(path, sizeof path, "configs/tiny_%s.json", cases[i].model);
+        snprintf(recompute, sizeof recompute, "batch.recompute=%s", cases[i].recompute);
+        snprintf(fused, sizeof fused, "precision.fused_gelu=%s", cases[i].fused);
+        bool ok = config_load(&run, path, 2, overrides, &err);
+        if (ok != cases[i].ok) fail_msg("%s %s %s: %s", path, recompute, fused, err.text);
+        if (!ok) assert_non_null(strstr(err.text, "precision.fused_gelu must then be false"));
+    }
 }
 
 static bool no_duplicate_knobs_in_range(void) {
@@ -522,7 +550,7 @@ static void written_models_read_back(void** state) {
     }
 }
 
-// A value for every knob that is neither its default nor zero.
+// A value for every knob that is not its default.
 static void set_odd_knob(RunConfig* r, const Knob* k, int i) {
     void* field = (char*)r + k->offset;
     switch (k->type) {
@@ -536,7 +564,7 @@ static void set_odd_knob(RunConfig* r, const Knob* k, int i) {
         *(double*)field = (i + 1) / 131.0;
         return;
     case KNOB_BOOL:
-        *(bool*)field = true;
+        *(bool*)field = strcmp(k->standard, "false") == 0;
         return;
     case KNOB_TEXT:
         snprintf(field, CONFIG_TEXT, "%d \"\\/\n\t\x01\x7f \u00e9", i);
@@ -977,6 +1005,7 @@ int main(void) {
         cmocka_unit_test(comments_and_line_ends_are_free),
         cmocka_unit_test(sources_are_read),
         cmocka_unit_test(defaults_are_the_tables),
+        cmocka_unit_test(fused_gelu_excludes_its_recompute),
         cmocka_unit_test(every_committed_config_loads),
         cmocka_unit_test(published_sizes_are_met),
         cmocka_unit_test(written_models_read_back),

@@ -26,8 +26,16 @@ static ModelConfig tiny(const char* model_type) {
     return c;
 }
 
+static void create_model(GPT* g, const ModelConfig* c, RunConfig* run) {
+    Error err = {0};
+    memset(run, 0, sizeof *run);
+    run->model = *c, run->precision.compute = COMPUTE_FP32;
+    assert_true(gpt_create(g, run, B, T, true, &err));
+}
+
 typedef struct {
     GPT gpt;
+    RunConfig run;
     int tokens[B * T], targets[B * T], doc_start[B * T];
     bool documents;
 } Fixture;
@@ -41,7 +49,7 @@ static double loss_of(Fixture* f, real grad_scale) {
 // targets.
 static void create(Fixture* f, const ModelConfig* c, bool documents) {
     memset(f, 0, sizeof *f);
-    gpt_create(&f->gpt, c, B, T, MATMUL_FP32, true);
+    create_model(&f->gpt, c, &f->run);
     for (size_t i = 0; i < f->gpt.layout.num_parameters; i++) {
         float z[4];
         random_normal4(z, 2, 0, 0, i);
@@ -169,12 +177,13 @@ static void plan_is_exact(void** state) {
     (void)state;
     ModelConfig c = tiny("llama");
     size_t bytes[NUM_MEMORY_CLASSES];
-    gpt_plan(&c, B, T, MATMUL_FP32, true, bytes);
+    GPT g;
+    RunConfig run;
+    create_model(&g, &c, &run);
+    gpt_plan(&run, B, T, true, bytes);
     assert_int_equal(bytes[MEMORY_PARAMETERS],
                      (parameter_layout(&c).num_parameters + 15) / 16 * 16 * sizeof(real));
     assert_int_equal(bytes[MEMORY_MOMENTS], 2 * bytes[MEMORY_GRADIENTS]);
-    GPT g;
-    gpt_create(&g, &c, B, T, MATMUL_FP32, true);
     real* last = g.losses + B * T; // the last array of its class ends within a cache line of the class's size
     size_t used = (size_t)((char*)last - (char*)g.memory[MEMORY_ACTIVATIONS]);
     assert_true(used <= bytes[MEMORY_ACTIVATIONS] && used + 16 * sizeof(real) > bytes[MEMORY_ACTIVATIONS]);

@@ -104,7 +104,10 @@ static void run_fixture(const char* fixture) {
         memcpy(doc_start, data_of(&e, "doc_start", (size_t)N), (size_t)N * sizeof(int));
     }
     GPT g;
-    gpt_create(&g, &c, B, T, MATMUL_FP32, true);
+    RunConfig run;
+    memset(&run, 0, sizeof run);
+    run.model = c, run.precision.compute = COMPUTE_FP32;
+    if (!gpt_create(&g, &run, B, T, true, &err)) fail_msg("%s", err.text);
     CheckpointData data = {.model = &g.config, .params = g.params};
     snprintf(path, sizeof path, "dev/test/fixtures/%s", fixture);
     if (!checkpoint_load(path, &data, &err)) fail_msg("%s", err.text);
@@ -122,8 +125,6 @@ static void run_fixture(const char* fixture) {
     float loss_float = (float)loss;
     compare(fixture, "loss", &loss_float, data_of(&e, "loss", 1), 1, NULL);
 
-    RunConfig run;
-    memset(&run, 0, sizeof run);
     run.optimizer.beta1 = number(&e, "beta1"), run.optimizer.beta2 = number(&e, "beta2");
     run.optimizer.eps = number(&e, "eps"), run.optimizer.weight_decay = number(&e, "weight_decay");
     double lr = number(&e, "learning_rate"), clip = number(&e, "grad_clip");

@@ -22,19 +22,20 @@ static void compute_logits(GPT* g, const int* tokens, float* logits) {
 }
 
 int main(int argc, char** argv) {
-    static ModelConfig config;
+    static RunConfig run;
+    ModelConfig* config = &run.model;
     GPT gpt;
     Error err = {0};
     char path[PATH_MAX];
     if (argc != 3)
         fail(&err, EXIT_USAGE, "usage: write_logits DIR OUT.safetensors");
     else if (path_join(path, argv[1], "config.json", &err))
-        model_config_load(&config, path, &err);
+        model_config_load(config, path, &err);
     if (err.code != 0) exit_with(&err);
 
-    int T = config.max_position_embeddings < MAX_T ? config.max_position_embeddings : MAX_T;
-    size_t N = (size_t)B * (size_t)T, V = (size_t)config.vocab_size;
-    gpt_create(&gpt, &config, B, T, MATMUL_FP32, false);
+    int T = config->max_position_embeddings < MAX_T ? config->max_position_embeddings : MAX_T;
+    size_t N = (size_t)B * (size_t)T, V = (size_t)config->vocab_size;
+    if (!gpt_create(&gpt, &run, B, T, false, &err)) exit_with(&err);
     CheckpointData data = {.model = &gpt.config, .params = gpt.params};
     if (!checkpoint_load(argv[1], &data, &err)) exit_with(&err);
 

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# Do the tests bite? Applies the mutations of dev/test/mutations.txt one at a time to a copy of the tree, builds
+# test_gpt2_emu there and runs it: every mutation must make it fail (or not compile, which the list may not rely on).
+#
+#   dev/test/mutations.sh [FIRST [LAST]]     numbers of the list; all by default; `make mutations`
+#
+# A line of the list: FILE <tab> TEST GROUP <tab> OLD TEXT <tab> NEW TEXT <tab> WHAT IT BREAKS. OLD TEXT stands in FILE
+# exactly once, so that a list that no longer fits the code is an error and not a mutation that was not made.
+set -u
+cd "$(dirname "$0")/../.."
+list=dev/test/mutations.txt first=${1:-1} last=${2:-$(grep -c . "$list")}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+cp -r Makefile ./*.c ./*.cu llmc dev scripts configs "$work"
+survived=0 number=0
+
+mutate() { # FILE OLD NEW
+    python3 - "$@" <<'PYTHON'
+import sys
+path, old, new = sys.argv[1:]
+text = open(path).read()
+if text.count(old) != 1:
+    sys.exit(f"{path}: {old!r} is there {text.count(old)} times")
+open(path, "w").write(text.replace(old, new))
+PYTHON
+}
+
+while IFS=$'\t' read -r file group old new what; do
+    number=$((number + 1))
+    if [ $number -lt "$first" ] || [ $number -gt "$last" ]; then continue; fi
+    cp "$file" "$work/$file"
+    if ! (cd "$work" && mutate "$file" "$old" "$new"); then
+        echo "not ok $number - $file: the list does not fit: $what"
+        survived=$((survived + 1))
+    elif ! make -s -C "$work" build/fast/test_gpt2_emu >"$work/log" 2>&1; then
+        echo "not ok $number - $file: does not compile: $what"
+        tail -n 5 "$work/log" | sed 's/^/#   /'
+        survived=$((survived + 1))
+    elif (cd "$work" && timeout 600 build/fast/test_gpt2_emu "$group") >"$work/log" 2>&1; then
+        echo "not ok $number - $file: SURVIVED: $what"
+        survived=$((survived + 1))
+    else
+        echo "ok $number - $file: $what: $(grep -c '^not ok' "$work/log") failures"
+    fi
+    cp "$file" "$work/$file"
+done <"$list"
+echo "1..$number"
+[ $survived -eq 0 ]

@@ -1,0 +1,204 @@
+// AdamW with decoupled weight decay on the whole flat memory in one launch, and what decides about it: norm,
+// clipping and skipping, all on the device, so that the host need not wait in the middle of a step.
+// Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019; formula and names as in
+// optimizer_cpu.h.
+//
+// Bytes a parameter, read and written: weights 4, rest of the master 4, gradient 8, moments 16: 32; with
+// everything in bf16 4 + 4 + 8: 16.
+#pragma once
+#include "llmc/config.h"        // defines: RunConfig
+#include "llmc/cuda_common.cuh" // defines: floatX, Vec
+#include "llmc/global_norm.cuh" // defines: NORM_PARTIALS
+#include "llmc/model.h"         // defines: ParameterLayout, tensor_table
+#include "llmc/rounding.h"      // defines: split_float, join_float, bf16_stochastic
+
+enum { ADAMW_THREADS = 256, ADAMW_ELEMENTS = 8 };
+
+// ----------------------------------------------------------------------------
+// control: one step's numbers, on the device; the host reads them when the step is over
+
+typedef struct {
+    double loss_sum;                 // of all targets so far
+    double loss, grad_norm;          // mean loss; norm before clipping
+    uint64_t applied_steps;          // this one included, if it is applied
+    float lr, grad_scale;            // what gradients are multiplied by: 1, or less to clip
+    float rate, second_moment_scale; // lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t)
+    int applied;                     // 0: loss or norm was not finite, nothing may change
+} StepControl;
+
+static __global__ void step_control_begin_kernel(StepControl* control, float lr, uint64_t applied_steps) {
+    memset(control, 0, sizeof *control);
+    control->lr = lr, control->applied_steps = applied_steps;
+}
+
+static inline void step_control_begin(StepControl* control, double lr, uint64_t applied_steps,
+                                      cudaStream_t stream) {
+    step_control_begin_kernel<<<1, 1, 0, stream>>>(control, (float)lr, applied_steps);
+    LAUNCH_CHECK();
+}
+
+// The guard is guard_accepts of llmc/guard.h: a test on isfinite, as every comparison with a NaN is false.
+static __global__ void __launch_bounds__(NORM_THREADS)
+    update_control_kernel(StepControl* control, const double* partials, double num_targets, double grad_clip,
+                          double beta1, double beta2) {
+    double square = 0;
+    for (int i = (int)threadIdx.x; i < NORM_PARTIALS; i += NORM_THREADS) square += partials[i];
+    square = block_sum<NORM_THREADS>(square);
+    if (threadIdx.x != 0) return;
+    double norm = sqrt(square), loss = control->loss_sum / num_targets;
+    control->loss = loss, control->grad_norm = norm;
+    control->applied = isfinite(loss) && isfinite(norm);
+    control->grad_scale = (float)(grad_clip > 0 && norm > grad_clip ? grad_clip / norm : 1);
+    if (!control->applied) return;
+    double t = (double)++control->applied_steps;
+    control->rate = (float)((double)control->lr / (1 - pow(beta1, t)));
+    control->second_moment_scale = (float)(1 / sqrt(1 - pow(beta2, t)));
+}
+
+// From the sums of losses and squares to what adamw_update does. One block.
+static inline void update_control(StepControl* control, const double* partials, double num_targets,
+                                  double grad_clip, double beta1, double beta2, cudaStream_t stream) {
+    update_control_kernel<<<1, NORM_THREADS, 0, stream>>>(control, partials, num_targets, grad_clip, beta1,
+                                                          beta2);
+    LAUNCH_CHECK();
+}
+
+// ----------------------------------------------------------------------------
+// which parameters decay: the tensor table in a form that a kernel takes by value
+
+typedef struct {
+    size_t layer_begin, layer_end, layer_size;
+    size_t begin[NUM_TENSORS], end[NUM_TENSORS]; // of layer 0's copy
+    bool decay[NUM_TENSORS];
+} DecayTable;
+
+static inline DecayTable decay_table(const ModelConfig* c, const ParameterLayout* layout) {
+    DecayTable table;
+    table.layer_begin = layout->layer_begin, table.layer_size = layout->layer_size;
+    table.layer_end = layout->layer_begin + layout->layer_size * (size_t)c->num_hidden_layers;
+    for (int i = 0; i < NUM_TENSORS; i++) {
+        table.begin[i] = layout->offset[i], table.end[i] = layout->offset[i] + layout->size[i];
+        table.decay[i] = tensor_table[i].decay;
+    }
+    return table;
+}
+
+// Sizes are multiples of ADAMW_ELEMENTS, so what a thread has lies in one tensor.
+static __device__ inline bool decays(const DecayTable* table, size_t i) {
+    if (i >= table->layer_begin && i < table->layer_end)
+        i = table->layer_begin + (i - table->layer_begin) % table->layer_size;
+    for (int k = 0; k < NUM_TENSORS; k++)
+        if (i >= table->begin[k] && i < table->end[k]) return table->decay[k];
+    return false;
+}
+
+// ----------------------------------------------------------------------------
+// the update
+
+template <typename X> static __device__ inline void load_floats(float out[ADAMW_ELEMENTS], const X* from) {
+    for (int first = 0; first < ADAMW_ELEMENTS; first += Vec<X>::SIZE) {
+        Vec<X> v = load_vec(from + first);
+        for (int k = 0; k < Vec<X>::SIZE; k++) out[first + k] = to_float(v.at[k]);
+    }
+}
+
+// Sixteen random bits for each of eight numbers.
+typedef struct {
+    Philox bits;
+} RandomEight;
+static __device__ inline uint32_t random16(const RandomEight* r, int k) {
+    return r->bits.x[k / 2] >> k % 2 * 16;
+}
+
+static __device__ inline void store_floats(float* to, const float x[ADAMW_ELEMENTS], const RandomEight*) {
+    for (int first = 0; first < ADAMW_ELEMENTS; first += Vec<float>::SIZE)
+        store_vec(to + first, *(const Vec<float>*)(x + first));
+}
+static __device__ inline void store_floats(__nv_bfloat16* to, const float x[ADAMW_ELEMENTS],
+                                           const RandomEight* random) {
+    Vec<__nv_bfloat16> v;
+    for (int k = 0; k < ADAMW_ELEMENTS; k++)
+        v.at[k] = __ushort_as_bfloat16(bf16_stochastic(x[k], random16(random, k)));
+    store_vec(to, v);
+}
+
+typedef struct {
+    float keep_m, take_m, keep_v, take_v, eps, weight_decay; // beta1, 1 - beta1, beta2, 1 - beta2
+    uint64_t seed;                                           // of the stochastic rounding
+} AdamW;
+
+// What the numbers of a thread are rounded by: a function of the seed, the step and the element.
+enum RoundedArray { ROUNDED_WEIGHTS, ROUNDED_M, ROUNDED_V, NUM_ROUNDED };
+static __device__ inline RandomEight random_for(const AdamW* h, uint64_t step, size_t i, int array) {
+    RandomEight r = {
+        random_bits(h->seed, RANDOM_ROUNDING, step, i / ADAMW_ELEMENTS * NUM_ROUNDED + (size_t)array)};
+    return r;
+}
+
+// The weights' fp32 values, and back: two halves, or the weights alone (remainder NULL).
+static __device__ inline void load_master(float out[ADAMW_ELEMENTS], const floatX* weights,
+                                          const int16_t* remainder) {
+    load_floats(out, weights);
+    if (remainder == NULL) return;
+    Vec<int16_t> low = load_vec(remainder);
+    for (int k = 0; k < ADAMW_ELEMENTS; k++)
+        out[k] = join_float((uint16_t)(bits_of_float(out[k]) >> 16), low.at[k]);
+}
+
+static __device__ inline void store_master(floatX* weights, int16_t* remainder, const float x[ADAMW_ELEMENTS],
+                                           const RandomEight* random) {
+    if (remainder == NULL) {
+        store_floats(weights, x, random);
+        return;
+    }
+    Vec<uint16_t> high;
+    Vec<int16_t> low;
+    for (int k = 0; k < ADAMW_ELEMENTS; k++) split_float(&high.at[k], &low.at[k], x[k]);
+    store_vec((uint16_t*)(void*)weights, high);
+    store_vec(remainder, low);
+}
+
+template <typename Grad, typename Moment>
+static __global__ void __launch_bounds__(ADAMW_THREADS)
+    adamw_kernel(floatX* weights, int16_t* remainder, Grad* grads, Moment* m, Moment* v, size_t n,
+                 DecayTable table, AdamW h, const StepControl* control) {
+    size_t i = ((size_t)blockIdx.x * ADAMW_THREADS + threadIdx.x) * ADAMW_ELEMENTS;
+    if (i >= n) return;
+    float g[ADAMW_ELEMENTS], p[ADAMW_ELEMENTS], m1[ADAMW_ELEMENTS], m2[ADAMW_ELEMENTS];
+    load_floats(g, grads + i);
+    for (int first = 0; first < ADAMW_ELEMENTS; first += Vec<Grad>::SIZE)
+        store_vec(grads + i + first, Vec<Grad>{});
+    if (!control->applied) return;
+    load_master(p, weights + i, remainder != NULL ? remainder + i : NULL);
+    load_floats(m1, m + i), load_floats(m2, v + i);
+    float keep = 1 - control->lr * (decays(&table, i) ? h.weight_decay : 0);
+    for (int k = 0; k < ADAMW_ELEMENTS; k++) {
+        float gradient = control->grad_scale * g[k];
+        m1[k] = h.keep_m * m1[k] + h.take_m * gradient;
+        m2[k] = h.keep_v * m2[k] + h.take_v * gradient * gradient;
+        float root = sqrtf(m2[k]) * control->second_moment_scale + h.eps;
+        p[k] = keep * p[k] - control->rate * m1[k] / root;
+    }
+    uint64_t step = control->applied_steps;
+    RandomEight for_p = random_for(&h, step, i, ROUNDED_WEIGHTS), for_m = random_for(&h, step, i, ROUNDED_M),
+                for_v = random_for(&h, step, i, ROUNDED_V);
+    store_master(weights + i, remainder != NULL ? remainder + i : NULL, p, &for_p);
+    store_floats(m + i, m1, &for_m);
+    store_floats(v + i, m2, &for_v);
+}
+
+// weights, remainder, m, v are updated if control says so; grads become zero in any case. remainder is NULL
+// where the weights are the master. n: layout->num_parameters, a multiple of 8.
+template <typename Grad, typename Moment>
+static inline void adamw_update(floatX* weights, int16_t* remainder, Grad* grads, Moment* m, Moment* v,
+                                const ParameterLayout* layout, const RunConfig* run,
+                                const StepControl* control, cudaStream_t stream) {
+    double beta1 = run->optimizer.beta1, beta2 = run->optimizer.beta2;
+    AdamW h = {(float)beta1,       (float)(1 - beta1),        (float)beta2,
+               (float)(1 - beta2), (float)run->optimizer.eps, (float)run->optimizer.weight_decay,
+               run->seed};
+    size_t n = layout->num_parameters;
+    adamw_kernel<<<(unsigned)ceil_div(n, ADAMW_THREADS * ADAMW_ELEMENTS), ADAMW_THREADS, 0, stream>>>(
+        weights, remainder, grads, m, v, n, decay_table(&run->model, layout), h, control);
+    LAUNCH_CHECK();
+}

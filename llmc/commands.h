@@ -1,0 +1,286 @@
+// The commands: train, plan, eval, sample, export, checkpoint, help.
+#pragma once
+#include "llmc/checkpoint_tool.h" // defines: checkpoint_verify, checkpoint_info, checkpoint_diff
+#include "llmc/fit.h"             // defines: check_memory
+#include "llmc/train_loop.h"      // defines: Trainer, train_loop, evaluate, generate
+
+#include <omp.h>
+
+// What a run looks like before its first step: enough to see a wrong tokenizer, a wrong shard, a wrong size.
+static inline void print_start(const Trainer* t, bool resumed) {
+    config_print(&t->run, stdout);
+    printf("%-32s ", "device");
+    gpt_print_device(stdout);
+    dataloader_describe(&t->train, stdout);
+    if (t->validation.rows > 0) dataloader_describe(&t->validation, stdout);
+    if (resumed)
+        printf("resumed at step %llu, after %llu tokens\n", (unsigned long long)t->state.step,
+               (unsigned long long)t->state.tokens);
+    if (t->state.step >= (uint64_t)t->run.schedule.max_steps)
+        printf("nothing to do: schedule.max_steps is %d\n", t->run.schedule.max_steps);
+    if (t->run.data.tokenizer[0] == '\0') return;
+    int T = t->run.batch.sequence_length;
+    int32_t* row = (int32_t*)malloc_check((size_t)(T + 1) * sizeof *row);
+    Error ignored = {0, {0}};
+    if (dataloader_row(&t->train, t->state.rows, row, &ignored)) {
+        printf("---- the data, decoded: row %llu begins\n", (unsigned long long)t->state.rows);
+        for (int i = 0; i < T && i < 60; i++) {
+            size_t size;
+            const char* bytes = token_bytes(&t->tokenizer, (uint32_t)row[i], &size);
+            print_escaped(stdout, bytes, size);
+        }
+        printf("\n----\n");
+    }
+    free(row);
+}
+
+static inline void log_start(Trainer* t, bool resumed) {
+    String line = event_begin(resumed ? "resume" : "start", t->state.step);
+    event_text(&line, "program", t->program->name);
+    event_text(&line, "version", t->program->version);
+    event_number(&line, "parameters", (double)model_num_parameters(&t->run.model));
+    event_number(&line, "threads", omp_get_max_threads());
+    string_append(&line, ",\"config\":%s", t->config_json.data);
+    event_end(&t->metrics, &line);
+}
+
+// `reason` is done, signal or error.
+static inline void log_stop(Trainer* t, const char* reason, const Error* err) {
+    String line = event_begin("stop", t->state.step);
+    event_text(&line, "reason", reason);
+    if (err->code != 0) event_text(&line, "error", err->text);
+    event_end(&t->metrics, &line);
+}
+
+// run_config.json in the run directory; when it was there before, says what is different now.
+static inline bool write_run_config(Trainer* t, Error* err) {
+    char path[PATH_MAX];
+    size_t size;
+    Error none = {0, {0}};
+    if (!path_join(path, t->run.log.run_dir, "run_config.json", err)) return false;
+    char* before = read_file(path, JSON_MAX_BYTES, &size, &none);
+    if (before != NULL) config_print_changes(before, t->config_json.data, stdout);
+    free(before);
+    return replace_file(path, t->config_json.data, t->config_json.size, err);
+}
+
+static inline bool command_train(Trainer* t, const char* argument, Error* err) {
+    (void)argument;
+    RunConfig* run = &t->run;
+    bool resumed = false;
+    Tokens prompt = {NULL, 0, 0};
+    block_stop_signals();
+    if (!check_memory(run, true, err) || !lock_run_directory(t, err) || !open_data(t, true, err))
+        return false;
+    bool prompt_ok =
+        run->sample.every == 0 || prompt_tokens(t, &prompt, err); // rather now than after an hour
+    free(prompt.data);
+    if (!prompt_ok || !choose_tokenizer_json(t, err)) return false;
+    config_write_json(run, &t->config_json);
+    if (!gpt_create(t->gpt, run, run->batch.micro_batch_size, run->batch.sequence_length, true, err) ||
+        !load_or_init(t, &resumed, err))
+        return false;
+    // where nothing is left to do, run_config.json stays that of the steps that were done
+    bool finished = t->state.step >= (uint64_t)run->schedule.max_steps;
+    if ((!finished && !write_run_config(t, err)) || !metrics_open(&t->metrics, run->log.run_dir, err))
+        return false;
+    t->peak_flops = gpt_peak_flops();
+    print_start(t, resumed);
+    log_start(t, resumed);
+    bool ok = train_loop(t, err), done = t->state.step >= (uint64_t)run->schedule.max_steps;
+    if (ok && !done)
+        fail(err, EXIT_STOPPED,
+             "stopped by signal %d at step %llu, which is saved; the same command goes on from there",
+             stop_signal, (unsigned long long)t->state.step);
+    log_stop(t, !ok ? "error" : done ? "done" : "signal", err);
+    if (ok && done)
+        printf("done: step %llu; model directory %s/checkpoints/step_%08llu\n",
+               (unsigned long long)t->state.step, run->log.run_dir, (unsigned long long)t->state.step);
+    return ok && done;
+}
+
+// Opens what evaluating, sampling and exporting need: a model without room for a backward pass.
+static inline bool open_model(Trainer* t, int B, int T, Error* err) {
+    enum WeightsFrom from;
+    if (!gpt_create(t->gpt, &t->run, B, T, false, err) || !load_weights(t, &from, err)) return false;
+    return from != WEIGHTS_NOWHERE ||
+           fail(err, EXIT_NO_INPUT,
+                "no checkpoint in %s/checkpoints: train first, or name a model directory with "
+                "checkpoint.load_from=DIR",
+                t->run.log.run_dir);
+}
+
+static inline bool command_eval(Trainer* t, const char* argument, Error* err) {
+    (void)argument;
+    Evaluation e;
+    if (t->run.data.validation[0] == '\0')
+        return fail(err, EXIT_CONFIG, "data.validation is empty: eval needs the shards to evaluate on");
+    if (!check_memory(&t->run, false, err) || !open_data(t, false, err)) return false;
+    if (!open_model(t, t->run.batch.micro_batch_size, t->run.batch.sequence_length, err)) return false;
+    if (!evaluate(t, &e, err)) return false;
+    printf("{\"step\":%llu,\"tokens\":%llu,\"loss\":%.9g,\"perplexity\":%.9g",
+           (unsigned long long)t->state.step, (unsigned long long)e.tokens, e.loss, e.perplexity);
+    if (isfinite(e.bits_per_byte)) printf(",\"bits_per_byte\":%.9g", e.bits_per_byte);
+    printf("}\n");
+    return true;
+}
+
+static inline bool command_sample(Trainer* t, const char* argument, Error* err) {
+    (void)argument;
+    if (t->run.data.tokenizer[0] == '\0')
+        return fail(err, EXIT_CONFIG, "data.tokenizer is empty: sample needs it to read and write text");
+    if (!open_tokenizer(t, err) || !open_model(t, 1, 1, err)) return false;
+    for (int i = 0; i < t->run.sample.num_samples; i++) {
+        String text = {NULL, 0, 0};
+        if (!generate(t, i, &text, err)) return false;
+        if (i > 0) printf("----\n");
+        print_escaped(stdout, text.data, text.size);
+        printf("\n");
+        free(text.data);
+    }
+    return true;
+}
+
+static inline bool command_export(Trainer* t, const char* argument, Error* err) {
+    if (t->run.data.tokenizer[0] != '\0' && (!open_tokenizer(t, err) || !choose_tokenizer_json(t, err)))
+        return false;
+    if (!open_model(t, 1, 1, err)) return false;
+    CheckpointData data = checkpoint_data(t);
+    data.m = data.v = NULL;
+    if (!checkpoint_export(argument, &data, err)) return false;
+    printf("wrote the model of step %llu to %s\n", (unsigned long long)t->state.step, argument);
+    return true;
+}
+
+static inline bool command_plan(Trainer* t, const char* argument, Error* err) {
+    (void)argument, (void)err;
+    const RunConfig* run = &t->run;
+    MemoryLine lines[MEMORY_LINES_MAX];
+    String advice = {NULL, 0, 0};
+    Plan plan;
+    memset(&plan, 0, sizeof plan);
+    plan.run = run, plan.memory = lines, plan.num_memory = gpt_memory(run, true, lines);
+    plan.memory_limit = gpt_memory_limit();
+    if (plan.memory_limit != 0 && memory_needed(run, true) > plan.memory_limit)
+        memory_advice(run, plan.memory_limit, &advice);
+    plan.memory_advice = advice.data;
+    gpt_measure(run, &plan.matmul_rate, &plan.copy_rate);
+    // a plan is made before there are data, too: without them it says nothing about epochs
+    Error no_data = {0, {0}};
+    if (open_train(t, &no_data))
+        plan.train_tokens = t->train.tokens;
+    else
+        fprintf(stderr, "note: %s\n", no_data.text);
+    printf("device       ");
+    gpt_print_device(stdout);
+    plan_print(&plan, stdout);
+    free(advice.data);
+    return true;
+}
+
+// ----------------------------------------------------------------------------
+// the command line
+
+typedef struct {
+    const char* name;
+    bool (*run)(Trainer*, const char* argument, Error*);
+    const char* argument; // what stands behind RUN.json; NULL: nothing
+    const char* does;
+} Command;
+
+static const Command commands[] = {
+    {"train", command_train, NULL, "train, or resume if a checkpoint is there (the word may be left out)"},
+    {"plan", command_plan, NULL, "say what it would take: parameters, FLOPs, memory, time"},
+    {"eval", command_eval, NULL, "loss, perplexity and bits per byte on data.validation, as JSON"},
+    {"sample", command_sample, NULL, "generate text from sample.prompt"},
+    {"export", command_export, "OUT_DIR", "write a Hugging Face model directory"},
+};
+enum { NUM_COMMANDS = sizeof commands / sizeof commands[0] };
+
+static inline void print_usage(FILE* out, const char* program) {
+    fprintf(out, "usage: %s [COMMAND] RUN.json [section.key=value ...]\n\n", program);
+    for (int i = 0; i < NUM_COMMANDS; i++)
+        fprintf(out, "  %-6s RUN.json %-8s %s\n", commands[i].name,
+                commands[i].argument != NULL ? commands[i].argument : "", commands[i].does);
+    fprintf(out, "  checkpoint verify|info|diff DIR [DIR]   check, describe or compare checkpoints\n"
+                 "  help config                             every key of a run config, as a table\n\n"
+                 "exit codes: 0 done, 64 usage, 65 damaged data, 66 missing file, 69 no usable GPU,\n"
+                 "            70 diverged or internal, 71 out of memory, 73 cannot create, 74 I/O error,\n"
+                 "            75 stopped by a signal after saving (run again to go on), 78 run config\n");
+}
+
+static inline int run_checkpoint_command(int argc, char** argv) {
+    if (argc == 2 && strcmp(argv[0], "verify") == 0) return checkpoint_verify(argv[1]);
+    if (argc == 2 && strcmp(argv[0], "info") == 0) return checkpoint_info(argv[1]);
+    if (argc == 3 && strcmp(argv[0], "diff") == 0) return checkpoint_diff(argv[1], argv[2]);
+    fprintf(stderr, "error: checkpoint takes: verify DIR, info DIR, or diff DIR DIR\n");
+    return EXIT_USAGE;
+}
+
+// What the commands other than train print is their result: it must have arrived.
+static inline bool flush_output(Error* err) {
+    return (fflush(stdout) == 0 && ferror(stdout) == 0) ||
+           fail(err, EXIT_IO, "cannot write to standard output: %s", strerror(errno));
+}
+
+// --help, --version, checkpoint: what needs no run config. -1: it is none of these.
+static inline int run_without_config(const Program* program, int argc, char** argv) {
+    const char* word = argc >= 2 ? argv[1] : "";
+    if (strcmp(word, "checkpoint") == 0) return run_checkpoint_command(argc - 2, argv + 2);
+    if (strcmp(word, "--version") == 0 && argc == 2) {
+        printf("pretrain.c %s, %s\n", program->version, program->name);
+        program_versions(stdout);
+        return EXIT_OK;
+    }
+    if (strcmp(word, "--help") != 0 && strcmp(word, "-h") != 0 && strcmp(word, "help") != 0) return -1;
+    if (argc == 3 && strcmp(argv[2], "config") == 0)
+        config_print_reference(stdout);
+    else
+        print_usage(stdout, argv[0]);
+    return EXIT_OK;
+}
+
+static inline int run_with_config(const Program* program, const Command* command, int argc, char** argv) {
+    static Trainer trainer;
+    RunConfig* run = &trainer.run;
+    Error err = {0, {0}};
+    const char* argument = command->argument != NULL ? argv[1] : NULL;
+    int used = argument != NULL ? 2 : 1;
+    bool training = command->run == command_train || command->run == command_plan;
+    trainer_init(&trainer, program);
+    if (!config_load(run, argv[0], argc - used, argv + used, &err) || !gpt_resolve(run, training, &err))
+        exit_with(&err);
+    if (run->parallel.threads > 0) omp_set_num_threads(run->parallel.threads);
+    bool ok = command->run(&trainer, argument, &err);
+    trainer_close(&trainer);
+    ok = ok && (command->run == command_train || flush_output(&err)); // a training run has its log
+    if (!ok) exit_with(&err);
+    return EXIT_OK;
+}
+
+// Both programs' main: [COMMAND] RUN.json [OUT_DIR] [section.key=value ...]
+static inline int program_main(const Program* program, int argc, char** argv) {
+    Error err = {0, {0}};
+    int done = run_without_config(program, argc, argv);
+    if (done == EXIT_OK && !flush_output(&err)) exit_with(&err);
+    if (done >= 0) return done;
+    const char* name = argv[0];
+    const Command* command = &commands[0];
+    argc--, argv++;
+    for (int i = 0; argc > 0 && i < NUM_COMMANDS; i++) {
+        if (strcmp(argv[0], commands[i].name) != 0) continue;
+        command = &commands[i];
+        argc--, argv++;
+        break;
+    }
+    if (argc > 0 && strchr(argv[0], '.') == NULL && access(argv[0], R_OK) != 0) {
+        fprintf(stderr, "error: %s is neither a command nor a run config; %s --help lists the commands\n",
+                argv[0], name);
+        return EXIT_USAGE;
+    }
+    if (argc < (command->argument != NULL ? 2 : 1)) {
+        print_usage(stderr, name);
+        return EXIT_USAGE;
+    }
+    return run_with_config(program, command, argc, argv);
+}

@@ -1,0 +1,84 @@
+// What the run (trainer.h, train_loop.h, commands.h) asks of the program it is part of: a model that trains,
+// evaluates and generates. train_gpt.c and train_gpt.cu each define these functions for their own GPT.
+#pragma once
+#include "llmc/config.h"  // defines: RunConfig
+#include "llmc/planner.h" // defines: MemoryLine
+
+typedef struct GPT GPT;
+typedef struct Decoder Decoder;
+
+typedef struct {
+    const char *name, *version;
+    bool asynchronous; // a step runs beside the host's work, and checkpoints are written from a copy
+    GPT* gpt;
+    Decoder* decoder;
+} Program;
+
+// A step's outcome; lr and seconds are the loop's.
+typedef struct {
+    double loss, grad_norm, lr, seconds;
+    bool applied; // false: loss or gradient norm was not finite, and the weights are as before
+} StepResult;
+
+// Weights and moments in fp32 in the host's memory, laid out by parameter_layout: what a checkpoint is read
+// into and written from. m and v are NULL without training.
+typedef struct {
+    float *params, *m, *v;
+} HostState;
+
+// ----------------------------------------------------------------------------
+// before anything is allocated
+
+// Turns precision.compute = auto into what this program computes in. What a config asks for and the program
+// cannot do is an error (EXIT_CONFIG); training: what only training does counts, too.
+bool gpt_resolve(RunConfig* run, bool training, Error* err);
+
+enum { MEMORY_LINES_MAX = 16 };
+// Everything a run allocates where the model lives, to the byte, into lines; returns how many there are.
+int gpt_memory(const RunConfig* run, bool training, MemoryLine lines[MEMORY_LINES_MAX]);
+uint64_t gpt_memory_limit(void); // bytes there are for it; 0: not known, there is no device here
+
+double gpt_peak_flops(void); // dense peak of the device in the type it computes in, FLOP/s; 0: not known
+// What a matmul of this model's feed-forward layer (FLOP/s) and a copy (bytes read and written a second)
+// reach here and now; 0: not known.
+void gpt_measure(const RunConfig* run, double* matmul_rate, double* copy_rate);
+
+void gpt_print_device(FILE* out); // one line: what the model is computed on
+void program_versions(FILE* out); // a line for each library
+enum { PREFETCH_DEPTH = 2 };      // batches (global_batch_size, T + 1) that a thread has ready
+
+// ----------------------------------------------------------------------------
+// the model's life
+
+// Room for B sequences of T tokens, with all of a run config that decides how the model computes. After a
+// failure, too, gpt_free takes it.
+bool gpt_create(GPT* g, const RunConfig* run, int B, int T, bool training, Error* err);
+void gpt_free(GPT* g);
+void gpt_init_weights(GPT* g, uint64_t seed);
+
+HostState gpt_host_state(GPT* g);
+void gpt_from_host(GPT* g);     // the host's state, just read, becomes the model's
+void gpt_snapshot(GPT* g);      // begins to copy the model's state to the host's
+void gpt_snapshot_wait(GPT* g); // until it is there; called by the thread that writes the checkpoint
+
+// ----------------------------------------------------------------------------
+// a step: load, start, finish; the next one may be loaded between start and finish
+
+// The rows (num_rows, T + 1) of the next step, num_rows a multiple of B. They stay as they are until the step
+// has been started. document_mask: attention stays inside documents, which begin with eot_id.
+void gpt_load_batch(GPT* g, const int32_t* rows, int num_rows, bool document_mask, int eot_id);
+// One optimizer step; applied_steps: those that were applied before it.
+void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_steps);
+StepResult gpt_finish_step(GPT* g);
+
+// The loss of every token of at most B rows (num_rows, T + 1), for evaluation: (num_rows, T), valid until the
+// next call.
+const float* gpt_losses(GPT* g, const int32_t* rows, int num_rows, bool document_mask, int eot_id);
+
+// ----------------------------------------------------------------------------
+// generating: one token at a time, at most capacity of them
+
+void decoder_create(Decoder* d, GPT* g, int capacity);
+void decoder_step(Decoder* d, int token);      // appends it
+const float* decoder_logits(const Decoder* d); // (Vp): scores the token that follows those appended
+void decoder_free(Decoder* d);

@@ -1,0 +1,236 @@
+// Training: steps, what is said about them, what is due behind them, checkpoints.
+#pragma once
+#include "llmc/evaluate.h" // defines: evaluate, generate
+#include "llmc/flops.h"    // defines: flops_per_token
+#include "llmc/guard.h"    // defines: guard_count
+#include "llmc/schedule.h" // defines: learning_rate
+
+// The rate is that of t->seconds_per_step. Where the device's peak is known, the share of it (MFU, counting
+// causal attention) says more than the rate does.
+static inline void report_step(Trainer* t, const StepResult* r) {
+    const RunConfig* run = &t->run;
+    double seconds_per_step = t->seconds_per_step, peak = t->peak_flops;
+    double tokens = (double)run->batch.global_batch_size * run->batch.sequence_length;
+    double rate = tokens / seconds_per_step;
+    double flops = rate * flops_per_token(&run->model, run->batch.sequence_length, FLOPS_CAUSAL);
+    char left[24], bpb[16] = "-", speed[32];
+    snprintf(speed, sizeof speed, peak != 0 ? "MFU %4.1f %%" : "%6.1f GFLOP/s",
+             peak != 0 ? 100 * flops / peak : flops / 1e9);
+    format_duration(left, (double)((uint64_t)run->schedule.max_steps - t->state.step) * seconds_per_step);
+    if (isfinite(t->bits_per_byte)) snprintf(bpb, sizeof bpb, "%.4f", t->bits_per_byte);
+    printf("step %6llu/%d | loss %7.4f | val bpb %s | norm %6.3f | lr %.2e | %7.0f tok/s | %s | "
+           "left %s%s\n",
+           (unsigned long long)t->state.step, run->schedule.max_steps, r->loss, bpb, r->grad_norm, r->lr,
+           rate, speed, left, r->applied ? "" : " | SKIPPED: not finite");
+    fflush(stdout);
+    String line = event_begin("step", t->state.step);
+    event_number(&line, "loss", r->loss);
+    event_number(&line, "grad_norm", r->grad_norm);
+    event_number(&line, "learning_rate", r->lr);
+    event_number(&line, "tokens", (double)t->state.tokens);
+    event_number(&line, "tokens_per_second", rate);
+    event_number(&line, "step_seconds", r->seconds);
+    event_number(&line, "gflops", flops / 1e9);
+    if (peak != 0) event_number(&line, "mfu", flops / peak);
+    event_number(&line, "skipped_steps", (double)t->state.skipped_steps);
+    event_end(&t->metrics, &line);
+}
+
+static inline bool report_evaluation(Trainer* t, Error* err) {
+    Evaluation e;
+    double start = seconds_now();
+    if (!evaluate(t, &e, err)) return false;
+    if (stop_requested()) return true;
+    t->bits_per_byte = e.bits_per_byte;
+    printf("eval %6llu | val loss %.4f | perplexity %.2f", (unsigned long long)t->state.step, e.loss,
+           e.perplexity);
+    if (isfinite(e.bits_per_byte)) printf(" | %.4f bits per byte", e.bits_per_byte);
+    printf(" | %llu tokens in %.1f s\n", (unsigned long long)e.tokens, seconds_now() - start);
+    String line = event_begin("eval", t->state.step);
+    event_number(&line, "loss", e.loss);
+    event_number(&line, "perplexity", e.perplexity);
+    if (isfinite(e.bits_per_byte)) event_number(&line, "bits_per_byte", e.bits_per_byte);
+    event_end(&t->metrics, &line);
+    return true;
+}
+
+static inline bool report_samples(Trainer* t, Error* err) {
+    for (int i = 0; i < t->run.sample.num_samples; i++) {
+        String text = {NULL, 0, 0};
+        if (!generate(t, i, &text, err)) return false;
+        printf("---- sample %d at step %llu\n", i + 1, (unsigned long long)t->state.step);
+        print_escaped(stdout, text.data, text.size);
+        printf("\n----\n");
+        String line = event_begin("sample", t->state.step);
+        event_bytes(&line, "text", text.data, text.size);
+        event_end(&t->metrics, &line);
+        free(text.data);
+    }
+    return true;
+}
+
+// ----------------------------------------------------------------------------
+// checkpoints
+
+// Waits for the checkpoint that is being written, if one is, and says that it is there. False: it is not, err
+// says why.
+static inline bool finish_save(Trainer* t, Error* err) {
+    const Saver* saver = &t->saver;
+    unsigned long long step = saver->data.state.step;
+    if (!saver->busy) return true;
+    if (!saver_finish(&t->saver, err)) return false;
+    t->saved_step = step;
+    printf("save %6llu | %s/step_%08llu in %.1f s\n", step, saver->directory, step, saver->seconds);
+    fflush(stdout);
+    String line = event_begin("checkpoint", step);
+    event_text(&line, "directory", saver->directory);
+    event_number(&line, "seconds", saver->seconds);
+    event_end(&t->metrics, &line);
+    return true;
+}
+
+static inline void warn_of_no_checkpoint(uint64_t step, const Error* why) {
+    fprintf(stderr, "warning: no checkpoint at step %llu: %s\n", (unsigned long long)step, why->text);
+}
+
+// A full disk must not end a run that may go on for days: say it, keep training, try again when it is due.
+static inline void finish_save_or_warn(Trainer* t) {
+    Error why = {0, {0}};
+    if (!finish_save(t, &why)) warn_of_no_checkpoint(t->saver.data.state.step, &why);
+}
+
+// Begins to write a checkpoint of the state as it is; without a copy of it, training stands still until that
+// is done. One at a time: an earlier one is waited for.
+static inline bool save(Trainer* t, Error* err) {
+    Saver* saver = &t->saver;
+    finish_save_or_warn(t);
+    if (checkpoints_directory(t, saver->directory, err) == NULL) return false;
+    t->tried_step = t->state.step;
+    saver->gpt = t->gpt;
+    saver->data = checkpoint_data(t);
+    saver->keep_last = t->run.checkpoint.keep_last;
+    saver->permanent_every = (uint64_t)t->run.checkpoint.permanent_every;
+    saver_start(saver);
+    return t->program->asynchronous || finish_save(t, err);
+}
+
+// Whatever ended the run (ok: nothing that failed), what it has learnt is kept; but not what diverged.
+static inline bool save_last(Trainer* t, bool ok, Error* err) {
+    bool diverged = err->code == EXIT_INTERNAL, tried = t->tried_step == t->state.step;
+    Error why = {0, {0}};
+    if (diverged || !tried) finish_save_or_warn(t); // an earlier step's
+    if (diverged || t->saved_step == t->state.step) return ok;
+    if (!ok && tried && !t->saver.busy) return false; // what has failed is this
+    if ((t->saver.busy || save(t, &why)) && finish_save(t, &why)) return ok;
+    if (ok)
+        *err = why;
+    else
+        warn_of_no_checkpoint(t->state.step, &why);
+    return false;
+}
+
+// ----------------------------------------------------------------------------
+// the loop
+
+// Is `step` one of every, 2 every, ... or the last? every 0 means only the last.
+static inline bool is_due(int every, uint64_t step, bool last) {
+    return last || (every > 0 && step % (uint64_t)every == 0);
+}
+
+// What is to be done between a step and the next.
+typedef struct {
+    bool report, save, evaluate, sample;
+} Due;
+
+static inline Due due_after_step(const Trainer* t, const StepResult* r) {
+    const RunConfig* run = &t->run;
+    uint64_t step = t->state.step;
+    bool last = step == (uint64_t)run->schedule.max_steps;
+    Due due;
+    due.report = is_due(run->log.every, step, last) || !r->applied;
+    due.save = is_due(run->checkpoint.every, step, last);
+    due.evaluate = t->validation.rows > 0 && is_due(run->eval.every, step, last);
+    due.sample = run->sample.every > 0 && is_due(run->sample.every, step, last);
+    return due;
+}
+
+// The checkpoint before what reads and may fail.
+static inline bool after_step(Trainer* t, const Due* due, Error* err) {
+    const RunConfig* run = &t->run;
+    unsigned long long step = t->state.step;
+    if (t->state.consecutive_skipped >= (uint64_t)run->guard.max_skipped_steps)
+        return fail(
+            err, EXIT_INTERNAL,
+            "training diverged: loss or gradient norm was not finite in %d steps in a row up to step %llu; "
+            "lower optimizer.learning_rate or look at the data, and resume from the last checkpoint "
+            "(guard.max_skipped_steps is the limit)",
+            run->guard.max_skipped_steps, step);
+    if (due->save && !save(t, err)) {
+        if (step == (uint64_t)run->schedule.max_steps) return false;
+        warn_of_no_checkpoint(step, err);
+        memset(err, 0, sizeof *err);
+    }
+    if (due->evaluate && !stop_requested() && !report_evaluation(t, err)) return false;
+    return !due->sample || stop_requested() || report_samples(t, err);
+}
+
+// The rows of the next step, for which it waits.
+static inline bool load_batch(Trainer* t, Prefetch* prefetch, Error* err) {
+    const int32_t* rows = prefetch_next(prefetch, err);
+    if (rows == NULL) return false;
+    gpt_load_batch(t->gpt, rows, t->run.batch.global_batch_size, t->run.data.document_mask, t->eot_id);
+    return true;
+}
+
+static inline void start_step(Trainer* t) {
+    const TrainState* s = &t->state;
+    gpt_start_step(t->gpt, &t->run, learning_rate(&t->run, s->step), s->step - s->skipped_steps);
+}
+
+static inline StepResult finish_step(Trainer* t) {
+    uint64_t rows = (uint64_t)t->run.batch.global_batch_size;
+    StepResult r = gpt_finish_step(t->gpt);
+    r.lr = learning_rate(&t->run, t->state.step);
+    guard_count(&t->state, r.applied);
+    t->state.step++;
+    t->state.rows += rows;
+    t->state.tokens += rows * (uint64_t)t->run.batch.sequence_length;
+    return r;
+}
+
+// Steps until the last one, a stop signal or an error. While the device works on a step, the host reports the
+// one before (unless something else was due behind that) and loads the next one's batch.
+static inline bool run_steps(Trainer* t, Prefetch* prefetch, Error* err) {
+    uint64_t max_steps = (uint64_t)t->run.schedule.max_steps;
+    double start = seconds_now();
+    bool unreported = false, ok = t->state.step >= max_steps || load_batch(t, prefetch, err);
+    StepResult r;
+    memset(&r, 0, sizeof r);
+    for (int done = 1; ok && t->state.step < max_steps && !stop_requested(); done++) {
+        start_step(t);
+        if (unreported) report_step(t, &r);
+        if (saver_has_result(&t->saver)) finish_save_or_warn(t);
+        if (t->state.step + 1 < max_steps) ok = load_batch(t, prefetch, err);
+        r = finish_step(t);
+        r.seconds = seconds_now() - start; // the wait for data included
+        t->seconds_per_step += (done < 20 ? 1.0 / done : 0.05) * (r.seconds - t->seconds_per_step);
+        Due due = due_after_step(t, &r);
+        bool at_once = !t->program->asynchronous || due.save || due.evaluate || due.sample;
+        unreported = due.report && !at_once;
+        if (due.report && at_once) report_step(t, &r);
+        ok = ok && after_step(t, &due, err);
+        start = seconds_now();
+    }
+    if (unreported) report_step(t, &r);
+    return ok;
+}
+
+static inline bool train_loop(Trainer* t, Error* err) {
+    int rows = t->run.batch.global_batch_size;
+    Prefetch prefetch;
+    if (!prefetch_start(&prefetch, &t->train, t->state.rows, (uint64_t)rows, 0, rows, PREFETCH_DEPTH, err))
+        return false;
+    bool ok = run_steps(t, &prefetch, err);
+    prefetch_stop(&prefetch);
+    return save_last(t, ok, err);
+}
