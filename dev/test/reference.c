@@ -1,43 +1,65 @@
-// The CPU reference in fp64 for test_gpt2: see reference.h. It is compiled with -DREAL=double.
+// The CPU reference for test_gpt2: see reference.h. Compiled with -DREAL=double, and without.
 #define TESTING
 #include "train_gpt.c"
 
 #include "dev/test/reference.h" // defines: the functions below
 
+#ifndef REAL_IS_FLOAT
+#define NAMED(function) reference_##function
+#else
+#define NAMED(function) reference32_##function
+#endif
+
 struct Reference {
     GPT gpt;
 };
 
-Reference* reference_create(const RunConfig* run) {
+Reference* NAMED(create)(const RunConfig* run) {
     Error err = {0, {0}};
-    Reference* r = (Reference*)calloc_check(1, sizeof *r);
-    RunConfig fp32 = *run; // which is what the program calls its own type
-    fp32.precision.compute = COMPUTE_FP32;
-    if (!gpt_create(&r->gpt, &fp32, run->batch.micro_batch_size, run->batch.sequence_length, true, &err))
+    Reference* r = calloc_check(1, sizeof *r);
+    RunConfig full = *run; // full precision, which the config calls fp32
+    full.precision.compute = COMPUTE_FP32;
+    if (!gpt_create(&r->gpt, &full, run->batch.micro_batch_size, run->batch.sequence_length, true, &err))
         exit_with(&err);
     return r;
 }
 
-void reference_free(Reference* r) {
+void NAMED(free)(Reference* r) {
     gpt_free(&r->gpt);
     free(r);
 }
 
-double* reference_weights(Reference* r) { return r->gpt.params; }
-double* reference_grads(Reference* r) { return r->gpt.grads; }
-
-double reference_gradients(Reference* r, const int32_t* rows, bool mask) {
-    GPT* g = &r->gpt;
-    int N = g->B * g->T;
-    const int* doc_start = split_rows(g, rows, g->B, mask, 0);
-    gpt_forward(g, g->inputs, doc_start, g->B);
-    double sum = gpt_loss(g, g->targets, g->B, 1.0 / N);
-    gpt_backward(g, g->inputs, g->B);
-    return sum;
+void NAMED(set_weights)(Reference* r, const double* weights) {
+    for (size_t i = 0; i < r->gpt.layout.num_parameters; i++) r->gpt.params[i] = (real)weights[i];
 }
 
-double reference_step(Reference* r, const RunConfig* run, const int32_t* rows, double lr,
-                      uint64_t applied_steps, double* grad_norm) {
+void NAMED(get)(const Reference* r, int array, double* out) {
+    const GPT* g = &r->gpt;
+    size_t N = (size_t)g->B * (size_t)g->T, n = g->layout.num_parameters;
+    const struct {
+        const real* from;
+        size_t count;
+    } arrays[] = {
+        {g->params, n}, {g->grads, n}, {g->logits, N * model_dim(&g->config, DIM_VOCAB)}, {g->losses, N}};
+    CHECK(array != REFERENCE_LOGITS || (size_t)g->logit_rows == N); // else only the last chunk is there
+    for (size_t i = 0; i < arrays[array].count; i++) out[i] = (double)arrays[array].from[i];
+}
+
+void NAMED(losses)(Reference* r, const int32_t* rows, bool mask) {
+    GPT* g = &r->gpt;
+    gpt_forward(g, g->inputs, split_rows(g, rows, g->B, mask, 0), g->B);
+    gpt_loss(g, g->targets, g->B, 0);
+}
+
+void NAMED(gradients)(Reference* r, const int32_t* rows, bool mask) {
+    GPT* g = &r->gpt;
+    gpt_forward(g, g->inputs, split_rows(g, rows, g->B, mask, 0), g->B);
+    gpt_loss(g, g->targets, g->B, (real)(1.0 / (g->B * g->T)));
+    gpt_backward(g, g->inputs, g->B);
+}
+
+double NAMED(step)(Reference* r, const RunConfig* run, const int32_t* rows, double lr, uint64_t applied_steps,
+                   double* grad_norm) {
     gpt_load_batch(&r->gpt, rows, run->batch.global_batch_size, false, -1);
     gpt_start_step(&r->gpt, run, lr, applied_steps);
     StepResult result = gpt_finish_step(&r->gpt);

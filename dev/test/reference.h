@@ -1,4 +1,5 @@
-// The CPU reference in fp64, from another translation unit: train_gpt.c as it is, with REAL=double.
+// The CPU reference from other translation units: train_gpt.c as it is, once in fp64 (reference_...), which is
+// the truth, and once in fp32 (reference32_...), which is the yardstick of fp32 builds.
 #pragma once
 #include "llmc/config.h" // defines: RunConfig
 
@@ -8,18 +9,25 @@ extern "C" {
 
 typedef struct Reference Reference;
 
-Reference* reference_create(const RunConfig* run);
-void reference_free(Reference* r);
-double* reference_weights(Reference* r); // laid out by parameter_layout, as are the gradients
-double* reference_grads(Reference* r);
+// What reference_get copies out: weights and gradients are laid out by parameter_layout; logits (B T, Vp) and
+// losses (B T) are those of the last reference_losses.
+enum ReferenceArray { REFERENCE_WEIGHTS, REFERENCE_GRADS, REFERENCE_LOGITS, REFERENCE_LOSSES };
 
-// Adds the gradients of one micro-batch, rows (B, T + 1), of the mean loss; returns the sum of the losses.
-// Token 0 begins a document where mask is true.
-double reference_gradients(Reference* r, const int32_t* rows, bool mask);
+#define REFERENCE_FUNCTIONS(name)                                                                            \
+    Reference* name##_create(const RunConfig* run);                                                          \
+    void name##_free(Reference* r);                                                                          \
+    void name##_set_weights(Reference* r, const double* weights);                                            \
+    void name##_get(const Reference* r, int array, double* out);                                             \
+    /* logits and losses of rows (B, T + 1); token 0 begins a document where mask is true */                 \
+    void name##_losses(Reference* r, const int32_t* rows, bool mask);                                        \
+    /* adds the gradients of the mean loss of rows (B, T + 1) */                                             \
+    void name##_gradients(Reference* r, const int32_t* rows, bool mask);                                     \
+    /* an optimizer step on rows (global_batch_size, T + 1); returns the mean loss */                        \
+    double name##_step(Reference* r, const RunConfig* run, const int32_t* rows, double lr,                   \
+                       uint64_t applied_steps, double* grad_norm);
 
-// A whole optimizer step on rows (global_batch_size, T + 1); returns the mean loss.
-double reference_step(Reference* r, const RunConfig* run, const int32_t* rows, double lr,
-                      uint64_t applied_steps, double* grad_norm);
+REFERENCE_FUNCTIONS(reference)
+REFERENCE_FUNCTIONS(reference32)
 
 #ifdef __cplusplus
 }

@@ -1,0 +1,237 @@
+// What the tensor-core attention kernels have in common: their sizes, tiles in shared memory, products, masks.
+//
+// A warp keeps 16 rows and streams tiles of the other side past them. Two products do everything:
+//
+//     multiply_rows   S (16, N)  = rows (16, HS) tile^T     tile (N, HS) in shared memory
+//     add_product     O (16, HS) += P (16, N) tile          P in registers, made of S
+//
+//     kernel     rows       tiles
+//     forward    q          k, v        S = q k^T      O += P v
+//     dQ         q, dout    k, v        S = q k^T      dP = dout v^T      dQ += dS k
+//     dK, dV     k, v       q, dout     S^T = k q^T    dP^T = v dout^T    dV += P^T dout    dK += dS^T q
+//
+// A tile is (rows, HS) of bf16 in chunks of 16 bytes. Chunk c of row r lies at place c ^ (r % 8) of its row: the 8
+// rows that a phase of ldmatrix reads at one chunk, and the 8 rows of a store of fragments, then fall on 8 different
+// groups of 4 banks, all 32 of them.
+//
+//     row 0:  0 1 2 3 4 5 6 7     row 1:  1 0 3 2 5 4 7 6     row 2:  2 3 0 1 6 7 4 5     ...     (HS 64)
+//
+// Source: Dao, FlashAttention-2, 2023.
+#pragma once
+#include "llmc/cuda_common.cuh" // defines: load_vec, store_vec, WARP
+#include "llmc/ptx.cuh"         // defines: mma_bf16, ldmatrix_x4, cp_async_or_zero, pack_bf16 ...
+
+typedef __nv_bfloat16 bf16;
+
+// ----------------------------------------------------------------------------
+// sizes
+//
+// Chosen by counting, not yet measured. A warp's 16 rows need for every m16n8k16 product 256 bytes of a tile, 2
+// cycles of shared memory; mma.sync takes about 1.6 on Hopper: the rows must stay in registers, but more than 16 would
+// gain little. Registers of a lane, of which 65536 / (32 warps blocks) are there:
+//
+//     kernel    HS   output  S, dP  rows   sum   there   shared memory of a block
+//     forward    64      32     32    16    80     128   16 KB q + 2 x 16 KB k, v            =  48 KB
+//     forward   128      64     32    32   128     255   32 KB q + 2 x 32 KB                 =  96 KB
+//     dQ         64      32     64    32   128     168   16 KB q, dout + 2 x 16 KB k, v      =  48 KB
+//     dQ        128      64     32    64   160     255   32 KB + 2 x 16 KB                   =  64 KB
+//     dK, dV     64      64     64    32   160     255   16 KB k, v + 2 x (16 + 0.75) KB     =  49.5 KB
+//     dK, dV    128     128     32     -   160     255   32 KB + 2 x (16 + 0.375) KB         =  64.75 KB
+//
+// dK, dV at 128 would not fit with its rows (64): it reads their fragments again for every tile.
+
+typedef struct {
+    int warps;       // of a block, 16 rows each
+    int columns;     // rows of a streamed tile
+    int stages;      // tiles in shared memory, one in use and the others on their way
+    int blocks;      // on a multiprocessor at a time
+    bool keeps_rows; // fragments of the 16 rows stay in registers
+} KernelSizes;
+
+enum AttentionKernel { ATTENTION_FORWARD, ATTENTION_DQ, ATTENTION_DKV };
+static constexpr KernelSizes attention_sizes[3][2] = {
+    //  HS 64                    HS 128
+    {{8, 64, 2, 2, true}, {8, 64, 2, 1, true}},
+    {{4, 64, 2, 3, true}, {4, 32, 2, 2, true}},
+    {{4, 64, 2, 2, true}, {4, 32, 2, 2, false}},
+};
+
+static constexpr KernelSizes sizes_of(int kernel, int HS) { return attention_sizes[kernel][HS / 128]; }
+static constexpr int rows_of(const KernelSizes& s) { return 16 * s.warps; }
+static constexpr int threads_of(const KernelSizes& s) { return WARP * s.warps; }
+
+// Bytes: `kept` tiles of the block's rows, then the stages. What the dK, dV kernel streams with a row of q is its
+// lse, its delta and its document's start: 12 bytes.
+static constexpr int stage_bytes(int kernel, int HS) {
+    int columns = sizes_of(kernel, HS).columns;
+    return 2 * columns * HS * (int)sizeof(bf16) + (kernel == ATTENTION_DKV ? 12 * columns : 0);
+}
+static constexpr int shared_bytes(int kernel, int HS) {
+    int kept = kernel == ATTENTION_FORWARD ? 1 : 2;
+    return kept * rows_of(sizes_of(kernel, HS)) * HS * (int)sizeof(bf16) +
+           sizes_of(kernel, HS).stages * stage_bytes(kernel, HS);
+}
+
+// ----------------------------------------------------------------------------
+// where a block works
+
+typedef struct {
+    int tile, head, b;
+} BlockPlace;
+
+// Tiles of a head are neighbours, so that they find its keys in the second-level cache; blocks start in this order.
+static __device__ inline BlockPlace block_place(int tiles, int heads) {
+    int block = (int)blockIdx.x;
+    BlockPlace place = {block % tiles, block / tiles % heads, block / tiles / heads};
+    return place;
+}
+
+// The first of `rows` elements for row t of a sequence of T.
+static __device__ inline size_t row_offset(int b, int T, int t, size_t stride) {
+    return ((size_t)b * (size_t)T + (size_t)t) * stride;
+}
+
+// A lane's place in a fragment of C (ptx.cuh): rows g and g + 8, columns 2t and 2t + 1.
+static __device__ inline int lane_row(void) { return (int)threadIdx.x % WARP / 4; }
+static __device__ inline int lane_column(void) { return (int)threadIdx.x % 4 * 2; }
+
+// ----------------------------------------------------------------------------
+// tiles
+
+template <int HS> static __device__ inline int tile_at(int row, int chunk) {
+    return row * HS + (chunk ^ (row & 7)) * 8;
+}
+
+// Starts the copy of rows first .. first + ROWS - 1 of a sequence of T into a tile; those beyond T become zero.
+template <int HS, int ROWS, int THREADS>
+static __device__ inline void load_tile(bf16* tile, const bf16* rows, size_t stride, int first, int T) {
+    constexpr int CHUNKS = HS / 8;
+    static_assert(ROWS * CHUNKS % THREADS == 0, "every thread copies the same number of chunks");
+    for (int i = (int)threadIdx.x; i < ROWS * CHUNKS; i += THREADS) {
+        int row = i / CHUNKS, chunk = i % CHUNKS, t = first + row;
+        const bf16* from = rows + (size_t)(t < T ? t : 0) * stride + chunk * 8;
+        cp_async_or_zero<16>(tile + tile_at<HS>(row, chunk), from, t < T);
+    }
+}
+
+// Writes a warp's accumulators (16, HS), times a factor for each of a lane's two rows, to `rows` rows of out. They go
+// through 16 rows of shared memory that no other warp reads, so that every store is 16 bytes.
+template <int HS>
+static __device__ inline void store_rows(bf16* out, size_t stride, int rows, bf16* tile,
+                                         const float o[HS / 8][4], float factor0, float factor8) {
+    int row = lane_row(), column = lane_column();
+    __syncwarp(); // the warp is done with what was there
+#pragma unroll
+    for (int j = 0; j < HS / 8; j++) {
+        uint32_t pair0 = pack_bf16(o[j][0] * factor0, o[j][1] * factor0);
+        uint32_t pair8 = pack_bf16(o[j][2] * factor8, o[j][3] * factor8);
+        memcpy(tile + tile_at<HS>(row, j) + column, &pair0, sizeof pair0);
+        memcpy(tile + tile_at<HS>(row + 8, j) + column, &pair8, sizeof pair8);
+    }
+    __syncwarp();
+    for (int i = (int)threadIdx.x % WARP; i < 16 * HS / 8; i += WARP) {
+        int r = i / (HS / 8), chunk = i % (HS / 8);
+        if (r < rows) store_vec(out + (size_t)r * stride + chunk * 8, load_vec(tile + tile_at<HS>(r, chunk)));
+    }
+}
+
+// ----------------------------------------------------------------------------
+// products
+
+// The fragment of rows (16) and columns 16 k .. 16 k + 15 of a tile: an A of ptx.cuh.
+template <int HS> static __device__ inline void load_fragment(uint32_t a[4], const bf16* tile, int k) {
+    int lane = (int)threadIdx.x % WARP;
+    ldmatrix_x4(a, tile + tile_at<HS>(lane % 16, 2 * k + lane / 16));
+}
+
+// The 16 rows of a warp: in registers, or where they lie in shared memory.
+template <int HS, bool KEEPS> struct WarpRows {
+    const bf16* tile; // (16, HS)
+    uint32_t a[KEEPS ? HS / 16 : 1][4];
+};
+
+template <int HS, bool KEEPS>
+static __device__ inline void warp_rows_init(WarpRows<HS, KEEPS>* rows, const bf16* tile) {
+    rows->tile = tile;
+    if constexpr (KEEPS) {
+#pragma unroll
+        for (int k = 0; k < HS / 16; k++) load_fragment<HS>(rows->a[k], tile, k);
+    }
+}
+
+// s (16, N) = rows (16, HS) tile (N, HS)^T
+template <int HS, int N, bool KEEPS>
+static __device__ inline void multiply_rows(float s[N / 8][4], WarpRows<HS, KEEPS>* rows, const bf16* tile) {
+    int lane = (int)threadIdx.x % WARP, row = lane / 16 * 8 + lane % 8, chunk = lane / 8 % 2;
+#pragma unroll
+    for (int j = 0; j < N / 8; j++) s[j][0] = s[j][1] = s[j][2] = s[j][3] = 0;
+#pragma unroll
+    for (int k = 0; k < HS / 16; k++) {
+        if constexpr (!KEEPS) load_fragment<HS>(rows->a[0], rows->tile, k);
+        const uint32_t* a = rows->a[KEEPS ? k : 0];
+#pragma unroll
+        for (int j = 0; j < N / 8; j += 2) { // rows 8 j .. 8 j + 15 of the tile are columns of s
+            uint32_t b[4];
+            ldmatrix_x4(b, tile + tile_at<HS>(8 * j + row, 2 * k + chunk));
+            mma_bf16(s[j], a, b[0], b[1]);
+            mma_bf16(s[j + 1], a, b[2], b[3]);
+        }
+    }
+}
+
+// o (16, HS) += p (16, N), rounded to bf16, tile (N, HS)
+template <int HS, int N>
+static __device__ inline void add_product(float o[HS / 8][4], const float p[N / 8][4], const bf16* tile) {
+    int lane = (int)threadIdx.x % WARP, row = lane % 16, chunk = lane / 16;
+#pragma unroll
+    for (int k = 0; k < N / 16; k++) {
+        const float *left = p[2 * k], *right = p[2 * k + 1];
+        uint32_t a[4] = {pack_bf16(left[0], left[1]), pack_bf16(left[2], left[3]),
+                         pack_bf16(right[0], right[1]), pack_bf16(right[2], right[3])};
+#pragma unroll
+        for (int j = 0; j < HS / 8; j += 2) {
+            uint32_t b[4];
+            ldmatrix_x4_trans(b, tile + tile_at<HS>(16 * k + row, j + chunk));
+            mma_bf16(o[j], a, b[0], b[1]);
+            mma_bf16(o[j + 1], a, b[2], b[3]);
+        }
+    }
+}
+
+// ----------------------------------------------------------------------------
+// who sees whom: query q sees keys start[q] .. q, and start never decreases along a sequence
+
+// A warp's 16 queries.
+typedef struct {
+    int first;                   // of them
+    int first_start, last_start; // of the first and the last: the least and the largest
+    int start[2];                // of the lane's two
+} QueryRows;
+
+static __device__ inline QueryRows query_rows(const int* starts, int first, int T) {
+    QueryRows rows = {first, 0, 0, {0, 0}};
+    if (starts == NULL) return rows;
+    int last = T - 1, q = first + lane_row(); // rows beyond T are never written; they do as the last one does
+    rows.first_start = starts[first < last ? first : last];
+    rows.last_start = starts[first + 15 < last ? first + 15 : last];
+    rows.start[0] = starts[q < last ? q : last];
+    rows.start[1] = starts[q + 8 < last ? q + 8 : last];
+    return rows;
+}
+
+// Hides of s (16 queries, N keys from `key` on) what is not seen; false if nothing is, and s need not be computed.
+template <int N> static __device__ inline bool any_seen(const QueryRows* rows, int key) {
+    return key <= rows->first + 15 && key + N > rows->first_start;
+}
+template <int N>
+static __device__ inline void hide_keys(float s[N / 8][4], const QueryRows* rows, int key) {
+    if (key + N - 1 <= rows->first && key >= rows->last_start) return; // most tiles
+    int q = rows->first + lane_row(), column = key + lane_column();
+#pragma unroll
+    for (int j = 0; j < N / 8; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int k = column + 8 * j + i % 2;
+            if (k > q + i / 2 * 8 || k < rows->start[i / 2]) s[j][i] = -INFINITY;
+        }
+}
