@@ -1,10 +1,13 @@
 # `make quickstart` trains a first model, `make test` checks everything, `make help` lists the rest.
 #
-# Each program is one translation unit, so a build is one compiler call; there are no object files.
-# Everything made goes into build/, except the two programs themselves and quickstart/.
+# Each program is one translation unit, so a build is one compiler call. Everything made goes into build/, except
+# the programs themselves and quickstart/.
 
 ifeq ($(origin CC),default)
 CC := gcc
+endif
+ifeq ($(origin CXX),default)
+CXX := g++
 endif
 BIN   ?= .
 BUILD ?= build
@@ -47,7 +50,8 @@ E2E      := $(wildcard dev/test/e2e_*.sh)
 BENCH    := $(patsubst dev/bench/%.c,$(BUILD)/bench/%,$(wildcard dev/bench/bench_*.c))
 FUZZ     := $(patsubst dev/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard dev/fuzz/fuzz_*.c))
 HEADERS  := $(wildcard llmc/*.h)
-SOURCES  := $(wildcard *.c llmc/*.h dev/*/*.c dev/*/*.h)
+SOURCES  := $(wildcard *.c *.cu llmc/*.h llmc/*.cuh dev/*/*.c dev/*/*.h dev/*/*.cu dev/*/*.cuh dev/*/*.cc dev/emu/include/*.h \
+            dev/emu/include/*/*.h)
 
 # One short line for each compiler call; V=1 shows the whole.
 Q = $(if $(V),,@echo '  $(1) $@' &&)
@@ -56,10 +60,12 @@ COMPILE = $(call Q,$(CC)) $(CC) $(CPPFLAGS) $(CFLAGS) $(WARNINGS) -MMD -MP -MF $
 SUBMAKE = $(MAKE) --no-print-directory $(if $(findstring -j,$(MAKEFLAGS)),,-j$(JOBS))
 
 .DEFAULT_GOAL := all
-.PHONY: all tests fuzzers benches test run-tests quickstart fuzz bench format check-format cppcheck \
-        check-headers fixtures check-hf clean help FORCE
+MAKEFLAGS += --no-builtin-rules
+.SECONDEXPANSION:
+.PHONY: all gpu no-gpu tests fuzzers benches test run-tests test-gpu quickstart fuzz bench format check-format \
+        cppcheck check-headers check-asan check-races mutations fixtures check-hf clean help FORCE
 
-all: $(PROGRAMS) ## build ./train_gpt_cpu and ./corpus (CC=gcc or clang, DNNL=0 for no oneDNN)
+all: $(PROGRAMS) ## build ./train_gpt_cpu and ./corpus (CC=gcc or clang, DNNL=0 for no oneDNN); with nvcc ./train_gpt, too
 
 # ----------------------------------------------------------------------------
 # programs
@@ -69,6 +75,85 @@ $(BIN)/train_gpt_cpu: train_gpt.c $(BUILD)/flags $(BUILD)/version
 
 $(BIN)/corpus: dev/data/corpus.c $(BUILD)/flags $(BUILD)/version
 	$(COMPILE) -DVERSION='"$(VERSION)"' -o $@ $< $(LDFLAGS) $(LDLIBS)
+
+# ----------------------------------------------------------------------------
+# the GPU programs, with nvcc: $CUDA_HOME's, PATH's, the toolkit's or a wheel's (NVCC=... says which, NVCC= none)
+
+# A toolkit is one folder, {bin,include,lib64}. Python's wheels are several, nvidia/cu13/{bin,include,lib},
+# nvidia/nccl/{include,lib}, and have libraries under their full names only: libcublasLt.so.13.
+WHEELS := $(wildcard $(addsuffix /*,$(shell python3 -c 'import nvidia; print(*nvidia.__path__)' 2>/dev/null)))
+ifeq ($(origin NVCC),undefined)
+NVCC := $(firstword $(wildcard $(CUDA_HOME:%=%/bin/nvcc)) $(shell command -v nvcc) \
+            $(wildcard /usr/local/cuda/bin/nvcc $(WHEELS:%=%/bin/nvcc)))
+endif
+TOOLKIT := $(patsubst %/bin/nvcc,%,$(realpath $(shell command -v $(or $(NVCC),none))))
+# Headers and libraries are those of the first folder that has them.
+CUDA_DIRS := $(NCCL_HOME) $(TOOLKIT) $(wildcard $(addsuffix *,$(filter %/nvidia/,$(dir $(TOOLKIT))))) /usr $(WHEELS)
+include_of = $(patsubst %/$(1),%,$(firstword $(wildcard $(CUDA_DIRS:%=%/include/$(1)))))
+library_of = $(firstword $(wildcard $(foreach d,$(CUDA_DIRS:%=%/lib),$(foreach e,so so.*,\
+                 $d64/lib$(1).$e $d/lib$(1).$e $d/*-linux-gnu/lib$(1).$e))))
+NCCL      := $(and $(call include_of,nccl.h),$(call library_of,nccl))
+INCLUDES  := $(sort $(foreach h,cuda_runtime.h cublasLt.h nvtx3/nvToolsExt.h $(if $(NCCL),nccl.h),$(call include_of,$h)))
+LIBRARIES := $(foreach l,cudart cublasLt,$(call library_of,$l)) $(NCCL)
+NO_GPU    := $(if $(NVCC),$(if $(word 2,$(LIBRARIES)),,no libcudart or libcublasLt for $(NVCC)),no nvcc was found)
+
+# Machine code for A100s, H100s and B200s, and PTX for what comes after them. GPU_ARCH=90a: for that one only, faster.
+GPU_ARCH := 80 90a 100
+GENCODE  := $(foreach a,$(GPU_ARCH),-gencode arch=compute_$a,code=sm_$a)
+ifeq ($(origin GPU_ARCH),file)
+GENCODE  += -gencode arch=compute_100,code=compute_100
+endif
+# No -march=native: it is built on one machine of a cluster and runs on others.
+NVCCFLAGS := -std=c++17 -O3 -lineinfo --threads 0 -cudart none $(GENCODE) -Xcompiler -fopenmp,-Wall,-Wextra,-Werror \
+    -Werror all-warnings -I. $(patsubst %,-isystem %,$(filter-out /usr/include $(TOOLKIT)/include,$(INCLUDES))) $(if $(NCCL),-DUSE_NCCL)
+GPU_LIBS := $(foreach d,$(sort $(dir $(LIBRARIES))),-L$d -Xlinker -rpath=$(d:%/=%)) $(addprefix -l:,$(notdir $(LIBRARIES))) \
+            -Xlinker --as-needed $(LDLIBS)
+NVCOMPILE = $(call Q,nvcc) $(NVCC) $(NVCCFLAGS) -MMD -MP -MF $(BUILD)/$(@F).d -MT $@
+FP32      = $(if $(findstring _fp32,$(@F)),-DPRECISION_FP32)
+
+GPU_PROGRAMS := $(addprefix $(BIN)/,train_gpt train_gpt_fp32)
+GPU_TESTS    := $(addprefix $(BIN)/,test_gpt2 test_gpt2_fp32)
+GPU_BENCH    := $(BUILD)/bench/bench_gpu
+gpu: $(GPU_PROGRAMS) $(GPU_TESTS) $(GPU_BENCH) ## build all that runs on a GPU, benchmarks too (GPU_ARCH=90a: faster)
+ifneq ($(NO_GPU),)
+all: no-gpu
+no-gpu:
+	@echo '  not built: train_gpt, train_gpt_fp32: $(NO_GPU)'
+$(GPU_PROGRAMS) $(GPU_TESTS) $(GPU_BENCH):
+	@echo '$@ cannot be built: $(NO_GPU)' >&2; exit 69
+else
+all: $(GPU_PROGRAMS)
+$(GPU_PROGRAMS) $(GPU_TESTS): $(BIN)/%: $$(subst _fp32,,$$*).cu $(BUILD)/gpu_flags
+	$(if $(NCCL),,@echo '  $@ is built without NCCL: no nccl.h was found, or no libnccl (NCCL_HOME=... says where)')
+	$(NVCOMPILE) $(FP32) -DVERSION='"$(VERSION)"' -o $@ $< $(filter %.o,$^) $(GPU_LIBS)
+$(GPU_BENCH): dev/bench/bench_gpu.cu $(BUILD)/gpu_flags | $(BUILD)/bench
+	$(NVCOMPILE) -o $@ $< $(GPU_LIBS)
+endif
+
+# What test_gpt2 is held against: the CPU reference in fp64 and in fp32.
+REFERENCES := $(BUILD)/reference.o $(BUILD)/reference32.o
+$(REFERENCES): dev/test/reference.c $(BUILD)/flags
+	$(COMPILE) $(if $(findstring 32,$@),,-DREAL=double) -c -o $@ $<
+
+# The same programs on the CPU (dev/emu): fast, or under ASan and UBSan, or with every load and store of a kernel followed.
+EMU_fast  := -O2 -march=native
+EMU_asan  := -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+EMU_races := -O1
+EMU_FLAGS := -g -fopenmp $(WARNINGS) -DUSE_NCCL
+kind      = $(notdir $(@D))
+EMULATED := $(foreach k,fast asan races,$(addprefix $(BUILD)/$k/,train_gpt_emu train_gpt_fp32_emu test_gpt2_emu test_gpt2_fp32_emu))
+$(EMULATED): $(BUILD)/%_emu: $$(subst _fp32,,$$(*F)).cu $(wildcard $(addprefix dev/emu/,* include/*.h include/*/*.h)) \
+             $(BUILD)/emu_flags | $(BUILD)/fast $(BUILD)/asan $(BUILD)/races
+	$(call Q,emu) CXX=$(CXX) EMU_CHECK=$(filter races,$(kind)) dev/emu/compile $@ $< $(EMU_$(kind)) $(EMU_FLAGS) \
+	    $(FP32) -DVERSION='"$(VERSION)"' $(filter %.o,$^) $(LDFLAGS) $(LDLIBS)
+	@sed 's|.*|$@: &\n&:|' $@.emu/files >$(BUILD)/$(kind)_$(@F).d
+$(filter %/test_gpt2_emu %/test_gpt2_fp32_emu,$(EMULATED)) $(GPU_TESTS): $(REFERENCES)
+$(filter %/train_gpt_emu %/train_gpt_fp32_emu,$(EMULATED)) $(GPU_PROGRAMS): $(BUILD)/version
+$(BIN)/train_gpt_emu: $(BUILD)/fast/train_gpt_emu
+	@cp $< $@
+
+# ----------------------------------------------------------------------------
+# more programs
 
 tests: $(UNIT) $(DRIVERS) ## build the unit tests
 $(BUILD)/test/%: dev/test/%.c $(BUILD)/flags | $(BUILD)/test
@@ -85,13 +170,17 @@ $(BUILD)/fuzz/%: dev/fuzz/%.c | $(BUILD)/fuzz
 	$(call Q,clang) clang -I. $(FUZZ_FLAGS) $(WARNINGS) -MMD -MP -MF $(BUILD)/$(@F).d -MT $@ -o $@ $< \
 	    $(LDFLAGS) $(filter-out -ldnnl,$(LDLIBS))
 
-$(BUILD) $(BUILD)/test $(BUILD)/bench $(BUILD)/fuzz:
+$(addprefix $(BUILD)/,test bench fuzz fast asan races):
 	@mkdir -p $@
 
-# These two files change only when their text does, and take with them what was built from the old text.
+# These files change only when their text does, and take with them what was built from the old text.
 stamp = @mkdir -p $(BUILD); echo '$(1)' | cmp -s - $@ || echo '$(1)' >$@
 $(BUILD)/flags: FORCE
 	$(call stamp,$(CC) $(CPPFLAGS) $(CFLAGS) $(WARNINGS) $(LDLIBS))
+$(BUILD)/gpu_flags: FORCE
+	$(call stamp,$(NVCC) $(NVCCFLAGS) $(GPU_LIBS))
+$(BUILD)/emu_flags: FORCE
+	$(call stamp,$(CXX) $(EMU_FLAGS) $(EMU_fast) $(EMU_asan) $(EMU_races) $(LDLIBS))
 $(BUILD)/version: FORCE
 	$(call stamp,$(VERSION))
 
@@ -104,12 +193,16 @@ test: ## install what tests need, build, run every test; the last line counts th
 	@scripts/setup.sh test
 	@$(SUBMAKE) run-tests
 
-run-tests: $(PROGRAMS) tests ## the same without looking at what is installed (TESTS="..." for a few)
-	@dev/test/run.sh $(or $(TESTS),$(UNIT) $(E2E))
+EMU_TESTS := $(BUILD)/fast/test_gpt2_emu $(BUILD)/fast/test_gpt2_fp32_emu
+run-tests: $(PROGRAMS) tests $(BIN)/train_gpt_emu $(EMU_TESTS) ## the same without looking at what is installed (TESTS="..." for a few)
+	@dev/test/run.sh $(or $(TESTS),$(EMU_TESTS) $(E2E) $(UNIT))
+
+test-gpu: $(PROGRAMS) $(GPU_PROGRAMS) $(GPU_TESTS) ## on a GPU: the tests that make test runs on the CPU in its place
+	@TEST_JOBS=1 TRAIN_GPT=$(BIN)/train_gpt dev/test/run.sh $(GPU_TESTS) dev/test/e2e_gpu.sh
 
 quickstart: ## text to trained model in a few minutes (TEXT=/your/file/or/folder, QUICK=1 for a short form)
 	@scripts/setup.sh build
-	@$(SUBMAKE) all
+	@$(SUBMAKE) $(PROGRAMS)
 	@scripts/quickstart.sh
 
 # ----------------------------------------------------------------------------
@@ -121,6 +214,12 @@ fuzz: $(FUZZ) ## run every fuzzer for FUZZ_SECONDS=30, two at a time
 
 bench: $(PROGRAMS) $(BENCH) ## run the benchmarks, one after the other
 	@for b in $(BENCH); do $$b || exit 1; done
+
+check-asan check-races: check-%: $(BUILD)/%/test_gpt2_emu $(BUILD)/%/test_gpt2_fp32_emu ## test_gpt2_emu, with every check
+	@TEST_SECONDS=3000 dev/test/run.sh $^
+
+mutations: ## do the tests bite? breaks the GPU program in one way after another (dev/test/mutations.txt)
+	@dev/test/mutations.sh
 
 format: ## clang-format every C file in place
 	clang-format -i $(SOURCES)
@@ -158,7 +257,7 @@ check-hf: $(PROGRAMS) $(BUILD)/test/write_logits $(PYTHON) ## train tiny models,
 # ----------------------------------------------------------------------------
 
 clean: ## remove what was built (quickstart/ stays)
-	rm -rf $(BUILD) $(PROGRAMS)
+	rm -rf $(BUILD) $(PROGRAMS) $(GPU_PROGRAMS) $(GPU_TESTS) $(BIN)/train_gpt_emu
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.* ## ' $(firstword $(MAKEFILE_LIST)) | \

@@ -757,23 +757,22 @@ void gpt_free(GPT* g) {
 // ----------------------------------------------------------------------------
 // host: checkpoints are read into and written from a copy in fp32 in the host's memory
 
-// Elements [first, first + count) of the weights from fp32: what the model computes with, and what is left.
+// Elements [first, first + count) of the weights from fp32: rounded, and what is left where that is kept.
 static void upload_weights(GPT* g, size_t first, const float* from, size_t count) {
     const size_t PIECE = (size_t)1 << 20;
-    floatX* high = (floatX*)malloc_check(PIECE * sizeof *high);
+    if constexpr (std::is_same_v<floatX, float>) {
+        CUDA_CHECK(cudaMemcpy(g->params + first, from, count * sizeof *from, cudaMemcpyHostToDevice));
+        return;
+    }
+    uint16_t* high = (uint16_t*)malloc_check(PIECE * sizeof *high);
     int16_t* low = (int16_t*)malloc_check(PIECE * sizeof *low);
     for (size_t at = 0; at < count; at += PIECE) {
-        size_t n = count - at < PIECE ? count - at : PIECE;
+        size_t n = count - at < PIECE ? count - at : PIECE, bytes = n * sizeof *high;
 #pragma omp parallel for schedule(static)
-        for (size_t i = 0; i < n; i++) {
-            if (g->split_master)
-                split_float((uint16_t*)(void*)&high[i], &low[i], from[at + i]);
-            else
-                high[i] = from_float<floatX>(from[at + i]);
-        }
-        CUDA_CHECK(cudaMemcpy(g->params + first + at, high, n * sizeof *high, cudaMemcpyHostToDevice));
-        if (g->split_master)
-            CUDA_CHECK(cudaMemcpy(g->remainder + first + at, low, n * sizeof *low, cudaMemcpyHostToDevice));
+        for (size_t i = 0; i < n; i++) split_float(&high[i], &low[i], from[at + i]);
+        CUDA_CHECK(cudaMemcpy(g->params + first + at, high, bytes, cudaMemcpyHostToDevice));
+        if (g->remainder != NULL)
+            CUDA_CHECK(cudaMemcpy(g->remainder + first + at, low, bytes, cudaMemcpyHostToDevice));
     }
     free(high), free(low);
 }
@@ -815,7 +814,7 @@ HostState gpt_host_state(GPT* g) {
     size_t n = g->layout.num_parameters, bytes = n * sizeof(float);
     if (g->host.params != NULL) return g->host;
     bool ok = allocate_pinned((void**)&g->host.params, bytes, "checkpoint", &err);
-    if (ok && g->split_master && g->remainder != NULL)
+    if (ok && g->remainder != NULL)
         ok = allocate_pinned((void**)&g->host_remainder, n * sizeof(int16_t), "checkpoint", &err);
     if (ok && g->m != NULL)
         ok = allocate_pinned((void**)&g->host.m, bytes, "checkpoint", &err) &&
@@ -862,7 +861,7 @@ void gpt_snapshot(GPT* g) {
     CUDA_CHECK(cudaStreamWaitEvent(g->copy_stream, g->step_done, 0));
     CUDA_CHECK(cudaMemcpyAsync(landing(host.params, n, sizeof(floatX)), g->params, n * sizeof(floatX),
                                cudaMemcpyDeviceToHost, g->copy_stream));
-    if (g->split_master)
+    if (g->remainder != NULL)
         CUDA_CHECK(cudaMemcpyAsync(g->host_remainder, g->remainder, n * sizeof(int16_t),
                                    cudaMemcpyDeviceToHost, g->copy_stream));
     CUDA_CHECK(cudaMemcpyAsync(landing(host.m, n, moment), g->m, n * moment, cudaMemcpyDeviceToHost,
@@ -877,7 +876,7 @@ void gpt_snapshot_wait(GPT* g) {
     size_t n = g->layout.num_parameters;
     CUDA_CHECK(cudaEventSynchronize(g->snapshot_done));
     if (sizeof(floatX) != sizeof(float))
-        widen_in_place(g->host.params, g->split_master ? g->host_remainder : NULL, n);
+        widen_in_place(g->host.params, g->remainder != NULL ? g->host_remainder : NULL, n);
     if (!g->moments_bf16) return;
     widen_in_place(g->host.m, NULL, n);
     widen_in_place(g->host.v, NULL, n);

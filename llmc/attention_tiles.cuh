@@ -56,24 +56,35 @@ static constexpr KernelSizes attention_sizes[3][2] = {
     {{4, 64, 2, 2, true}, {4, 32, 2, 2, false}},
 };
 
-static constexpr KernelSizes sizes_of(int kernel, int HS) { return attention_sizes[kernel][HS / 128]; }
-static constexpr int rows_of(const KernelSizes& s) { return 16 * s.warps; }
-static constexpr int threads_of(const KernelSizes& s) { return WARP * s.warps; }
+__host__ __device__ static constexpr KernelSizes sizes_of(int kernel, int HS) {
+    return attention_sizes[kernel][HS / 128];
+}
+__host__ __device__ static constexpr int rows_of(const KernelSizes& s) { return 16 * s.warps; }
+__host__ __device__ static constexpr int threads_of(const KernelSizes& s) { return WARP * s.warps; }
 
 // Bytes: `kept` tiles of the block's rows, then the stages. What the dK, dV kernel streams with a row of q is its
 // lse, its delta and its document's start: 12 bytes.
-static constexpr int stage_bytes(int kernel, int HS) {
+__host__ __device__ static constexpr int stage_bytes(int kernel, int HS) {
     int columns = sizes_of(kernel, HS).columns;
     return 2 * columns * HS * (int)sizeof(bf16) + (kernel == ATTENTION_DKV ? 12 * columns : 0);
 }
-static constexpr int shared_bytes(int kernel, int HS) {
+__host__ __device__ static constexpr int shared_bytes(int kernel, int HS) {
     int kept = kernel == ATTENTION_FORWARD ? 1 : 2;
     return kept * rows_of(sizes_of(kernel, HS)) * HS * (int)sizeof(bf16) +
            sizes_of(kernel, HS).stages * stage_bytes(kernel, HS);
 }
 
+// Before a launch with more than the 48 KB that every kernel may have.
+static inline void allow_shared(const void* kernel, int bytes) {
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+}
+
 // ----------------------------------------------------------------------------
 // where a block works
+
+static inline unsigned tile_blocks(int T, int rows, int heads, int B) {
+    return (unsigned)(ceil_div((size_t)T, (size_t)rows) * (size_t)heads * (size_t)B);
+}
 
 typedef struct {
     int tile, head, b;
@@ -86,9 +97,18 @@ static __device__ inline BlockPlace block_place(int tiles, int heads) {
     return place;
 }
 
-// The first of `rows` elements for row t of a sequence of T.
-static __device__ inline size_t row_offset(int b, int T, int t, size_t stride) {
-    return ((size_t)b * (size_t)T + (size_t)t) * stride;
+// A head of sequence b in an array (B, T, heads, HS): its row t is t * heads * HS further.
+template <typename X> static __device__ inline X* head_rows(X* x, int b, int T, int heads, int head, int HS) {
+    return x + ((size_t)b * (size_t)T * (size_t)heads + (size_t)head) * (size_t)HS;
+}
+
+// A head of an array (B, NH, T).
+template <typename X> static __device__ inline X* head_statistics(X* x, int b, int T, int NH, int head) {
+    return x + ((size_t)b * (size_t)NH + (size_t)head) * (size_t)T;
+}
+
+static __device__ inline const int* sequence_starts(const int* doc_start, int b, int T) {
+    return doc_start != NULL ? doc_start + (size_t)b * (size_t)T : NULL;
 }
 
 // A lane's place in a fragment of C (ptx.cuh): rows g and g + 8, columns 2t and 2t + 1.
@@ -104,20 +124,30 @@ template <int HS> static __device__ inline int tile_at(int row, int chunk) {
 
 // Starts the copy of rows first .. first + ROWS - 1 of a sequence of T into a tile; those beyond T become zero.
 template <int HS, int ROWS, int THREADS>
-static __device__ inline void load_tile(bf16* tile, const bf16* rows, size_t stride, int first, int T) {
-    constexpr int CHUNKS = HS / 8;
-    static_assert(ROWS * CHUNKS % THREADS == 0, "every thread copies the same number of chunks");
-    for (int i = (int)threadIdx.x; i < ROWS * CHUNKS; i += THREADS) {
-        int row = i / CHUNKS, chunk = i % CHUNKS, t = first + row;
-        const bf16* from = rows + (size_t)(t < T ? t : 0) * stride + chunk * 8;
-        cp_async_or_zero<16>(tile + tile_at<HS>(row, chunk), from, t < T);
-    }
+static __device__ inline void load_tile(bf16* tile, const bf16* rows, int stride, int first, int T) {
+    constexpr int CHUNKS = HS / 8, STEP = THREADS / CHUNKS;
+    static_assert(STEP % 8 == 0 && ROWS % STEP == 0,
+                  "a thread's chunks, STEP rows apart, have one place in their rows");
+    int row = (int)threadIdx.x / CHUNKS, chunk = (int)threadIdx.x % CHUNKS;
+    const bf16* from = rows + (size_t)(first + row) * (size_t)stride + chunk * 8;
+    bf16* to = tile + tile_at<HS>(row, chunk);
+#pragma unroll
+    for (int i = 0; i < ROWS; i += STEP, from += (size_t)STEP * (size_t)stride)
+        cp_async_or_zero<16>(to + i * HS, from, first + row + i < T);
+}
+
+// A stage: ROWS rows of x, then the same rows of y.
+template <int HS, int ROWS, int THREADS>
+static __device__ inline void load_stage(bf16* stage, const bf16* x, int x_stride, const bf16* y,
+                                         int y_stride, int first, int T) {
+    load_tile<HS, ROWS, THREADS>(stage, x, x_stride, first, T);
+    load_tile<HS, ROWS, THREADS>(stage + ROWS * HS, y, y_stride, first, T);
 }
 
 // Writes a warp's accumulators (16, HS), times a factor for each of a lane's two rows, to `rows` rows of out. They go
 // through 16 rows of shared memory that no other warp reads, so that every store is 16 bytes.
 template <int HS>
-static __device__ inline void store_rows(bf16* out, size_t stride, int rows, bf16* tile,
+static __device__ inline void store_rows(bf16* out, int stride, int rows, bf16* tile,
                                          const float o[HS / 8][4], float factor0, float factor8) {
     int row = lane_row(), column = lane_column();
     __syncwarp(); // the warp is done with what was there
@@ -131,7 +161,7 @@ static __device__ inline void store_rows(bf16* out, size_t stride, int rows, bf1
     __syncwarp();
     for (int i = (int)threadIdx.x % WARP; i < 16 * HS / 8; i += WARP) {
         int r = i / (HS / 8), chunk = i % (HS / 8);
-        if (r < rows) store_vec(out + (size_t)r * stride + chunk * 8, load_vec(tile + tile_at<HS>(r, chunk)));
+        if (r < rows) store_vec(out + (size_t)r * (size_t)stride + chunk * 8, load_vec(tile + tile_at<HS>(r, chunk)));
     }
 }
 
@@ -203,29 +233,36 @@ static __device__ inline void add_product(float o[HS / 8][4], const float p[N / 
 
 // A warp's 16 queries.
 typedef struct {
-    int first;                   // of them
-    int first_start, last_start; // of the first and the last: the least and the largest
-    int start[2];                // of the lane's two
+    int first;    // of them
+    int start[2]; // of the lane's two
 } QueryRows;
 
+// Rows beyond T are never written; they do as the last one does.
 static __device__ inline QueryRows query_rows(const int* starts, int first, int T) {
-    QueryRows rows = {first, 0, 0, {0, 0}};
-    if (starts == NULL) return rows;
-    int last = T - 1, q = first + lane_row(); // rows beyond T are never written; they do as the last one does
-    rows.first_start = starts[first < last ? first : last];
-    rows.last_start = starts[first + 15 < last ? first + 15 : last];
-    rows.start[0] = starts[q < last ? q : last];
-    rows.start[1] = starts[q + 8 < last ? q + 8 : last];
+    QueryRows rows = {first, {0, 0}};
+    for (int i = 0; i < 2 && starts != NULL; i++) {
+        int q = first + lane_row() + 8 * i;
+        rows.start[i] = starts[q < T ? q : T - 1];
+    }
     return rows;
 }
 
-// Hides of s (16 queries, N keys from `key` on) what is not seen; false if nothing is, and s need not be computed.
-template <int N> static __device__ inline bool any_seen(const QueryRows* rows, int key) {
-    return key <= rows->first + 15 && key + N > rows->first_start;
+// The least and the largest start of the 16: of row 0, in lane 0, and of row 15, in lane 28.
+static __device__ inline int least_start(const QueryRows* rows) {
+    return __shfl_sync(0xFFFFFFFFu, rows->start[0], 0);
 }
-template <int N>
-static __device__ inline void hide_keys(float s[N / 8][4], const QueryRows* rows, int key) {
-    if (key + N - 1 <= rows->first && key >= rows->last_start) return; // most tiles
+static __device__ inline int largest_start(const QueryRows* rows) {
+    return __shfl_sync(0xFFFFFFFFu, rows->start[1], 28);
+}
+
+// Whether anything is seen of N keys from `key` on.
+template <int N> static __device__ inline bool any_seen(const QueryRows* rows, int key) {
+    return key <= rows->first + 15 && key + N > least_start(rows);
+}
+
+// Hides of s (16 queries, N keys from `key` on) what is not seen.
+template <int N> static __device__ inline void hide_keys(float s[N / 8][4], const QueryRows* rows, int key) {
+    if (key + N - 1 <= rows->first && key >= largest_start(rows)) return; // most tiles
     int q = rows->first + lane_row(), column = key + lane_column();
 #pragma unroll
     for (int j = 0; j < N / 8; j++)

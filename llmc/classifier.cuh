@@ -32,7 +32,7 @@ static __device__ inline Softmax softmax_row(const floatX* row, int V) {
     __shared__ Softmax of_warp[WARP];
     int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
     Softmax mine = {-INFINITY, 0};
-    for (int v = (int)threadIdx.x * VEC; v < V; v += CLASSIFIER_THREADS * VEC) {
+    for (int v = (int)threadIdx.x * VEC; v < V; v += (int)blockDim.x * VEC) {
         Vec<floatX> x = load_vec(row + v);
         float max = -INFINITY, sum = 0;
         for (int k = 0; k < VEC; k++) max = v + k < V ? fmaxf(max, to_float(x.at[k])) : max;
@@ -44,7 +44,8 @@ static __device__ inline Softmax softmax_row(const floatX* row, int V) {
     mine = softmax_warp(mine);
     if (lane == 0) of_warp[warp] = mine;
     __syncthreads();
-    return softmax_warp(of_warp[lane]);
+    Softmax none = {-INFINITY, 0};
+    return softmax_warp(lane < (int)blockDim.x / WARP ? of_warp[lane] : none);
 }
 
 static __global__ void __launch_bounds__(CLASSIFIER_THREADS)
@@ -56,7 +57,7 @@ static __global__ void __launch_bounds__(CLASSIFIER_THREADS)
     if (target < 0) { // masked
         if (threadIdx.x == 0) losses[n] = 0;
         Vec<floatX> zero = {};
-        for (int v = (int)threadIdx.x * VEC; want_grad && v < Vp; v += CLASSIFIER_THREADS * VEC)
+        for (int v = (int)threadIdx.x * VEC; want_grad && v < Vp; v += (int)blockDim.x * VEC)
             store_vec(row + v, zero);
         return;
     }
@@ -65,7 +66,7 @@ static __global__ void __launch_bounds__(CLASSIFIER_THREADS)
     if (threadIdx.x == 0) losses[n] = logf(s.sum) - (target_logit - s.max);
     if (!want_grad) return;
     float factor = scale / s.sum;
-    for (int v = (int)threadIdx.x * VEC; v < Vp; v += CLASSIFIER_THREADS * VEC) {
+    for (int v = (int)threadIdx.x * VEC; v < Vp; v += (int)blockDim.x * VEC) {
         Vec<floatX> x = load_vec(row + v);
         for (int k = 0; k < VEC; k++) {
             float d = v + k < V ? expf(to_float(x.at[k]) - s.max) * factor : 0;
@@ -80,7 +81,9 @@ static __global__ void __launch_bounds__(CLASSIFIER_THREADS)
 // otherwise they are not touched.
 static inline void classifier(float* losses, floatX* logits, const int* targets, float scale, int N, int V,
                               int Vp, bool want_grad, cudaStream_t stream) {
-    classifier_kernel<<<(unsigned)N, CLASSIFIER_THREADS, 0, stream>>>(losses, logits, targets, scale, V, Vp,
-                                                                      want_grad);
+    int threads = (int)ceil_div((size_t)V, VEC * WARP) * WARP; // as many as have something to read
+    threads = threads < CLASSIFIER_THREADS ? threads : CLASSIFIER_THREADS;
+    classifier_kernel<<<(unsigned)N, (unsigned)threads, 0, stream>>>(losses, logits, targets, scale, V, Vp,
+                                                                     want_grad);
     LAUNCH_CHECK();
 }

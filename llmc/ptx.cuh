@@ -55,7 +55,9 @@ static inline void emu_unpack(float out[2], uint32_t pair) {
     out[0] = __uint_as_float(pair << 16), out[1] = __uint_as_float(pair & 0xFFFF0000u);
 }
 #else
-static __device__ inline uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+static __device__ inline uint32_t shared_address(const void* p) {
+    return (uint32_t)__cvta_generic_to_shared(p);
+}
 #endif
 
 // ----------------------------------------------------------------------------

@@ -533,7 +533,7 @@ static void test_model_host_copy(const ModelCase& m) {
             CUDA_CHECK(cudaMemcpy(at, g->params, n * sizeof(floatX), cudaMemcpyDeviceToHost));
             CUDA_CHECK(cudaMemcpy(at += n * sizeof(floatX), g->m, n * moment, cudaMemcpyDeviceToHost));
             CUDA_CHECK(cudaMemcpy(at += n * moment, g->v, n * moment, cudaMemcpyDeviceToHost));
-            if (g->split_master)
+            if (g->remainder != NULL)
                 CUDA_CHECK(cudaMemcpy(at + n * moment, g->remainder, 2 * n, cudaMemcpyDeviceToHost));
         };
         raw(before);

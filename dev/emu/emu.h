@@ -1,0 +1,81 @@
+// What the parts of the emulator know of each other.
+#pragma once
+#include <memory>
+#include <vector>
+
+#include "cuda_runtime.h" // defines: EmuLaunch, cudaError_t ...
+
+// ----------------------------------------------------------------------------
+// reports: something a GPU would not forgive, or not show
+
+// Prints one finding about the running kernel (its name, block and thread come first) and ends the program.
+enum { EMU_EXIT = 97 };
+[[noreturn]] void emu_report(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+// ----------------------------------------------------------------------------
+// device.cc
+
+struct EmuDevice {
+    bool present;
+    int architecture;
+    size_t memory; // bytes
+};
+const EmuDevice* emu_device(void); // as the environment describes it
+
+// Remembers the error for cudaGetLastError, and returns it.
+cudaError_t emu_error(cudaError_t error);
+// cudaErrorInsufficientDriver where there is no driver: what every call that needs the device begins with.
+cudaError_t emu_need_device(void);
+
+// EMU_SEED's generator: a number below n, 0 where there is no seed.
+bool emu_shuffled(void);
+unsigned emu_random(unsigned n);
+
+// ----------------------------------------------------------------------------
+// block.cc: the kernel that is running
+
+enum { EMU_ARENA_BYTES = 227 * 1024, EMU_STATIC_LIMIT = 48 * 1024 };
+enum { EMU_ARENA_SPACE = EMU_ARENA_BYTES + 8 * 1024 }; // with a gap behind each array
+
+bool emu_in_kernel(void);
+unsigned emu_current_thread(void); // its number in the block
+size_t emu_dynamic_limit(const void* function);
+
+struct EmuAllocation;
+// What check.cc wants to know; NULL in builds without it.
+struct EmuChecker {
+    void (*begin_launch)(const void* argument, size_t argument_bytes);
+    void (*open_shared)(size_t begin, size_t bytes); // of emu_arena: an array of this launch
+    void (*begin_block)(size_t block); // shared memory counts as unwritten from here on
+    void (*end_launch)(void);
+    void (*barrier)(void);                           // all threads of the block have met
+    void (*meeting)(unsigned warp, unsigned lanes);  // these lanes of the warp have met
+    void (*atomic)(const void* address, size_t bytes, const void* site); // by the current thread
+    void (*freed)(EmuAllocation* allocation);
+};
+extern const EmuChecker* emu_checker;
+
+extern char emu_arena[EMU_ARENA_SPACE]; // shared memory: first the dynamic part, then what __shared__ declares
+const char* emu_stacks(size_t* bytes); // where the fibers' stacks lie
+
+// ----------------------------------------------------------------------------
+// memory.cc
+
+struct EmuAllocation {
+    char* begin;
+    size_t bytes;
+    bool pinned;  // host memory
+    void* shadow; // check.cc's
+};
+// The live allocation that holds the address; NULL if there is none.
+EmuAllocation* emu_find_allocation(const void* address);
+// In a check build memory of the device lies in a range of its own, so that a host that reads it is found.
+bool emu_in_device_range(const void* address);
+
+// ----------------------------------------------------------------------------
+// stream.cc
+
+// Waits for everything in every stream.
+void emu_drain(void);
+// The error of a call that a capture forbids; cudaSuccess where nothing is being captured. Ends the capture.
+cudaError_t emu_forbidden_in_capture(void);

@@ -1,0 +1,405 @@
+// Streams, events and graphs. What is put into a stream runs late: when the host waits for it, and then only that
+// and what it depends on. So a wait that the program forgot shows up: the work it should have waited for has not run.
+// With EMU_SEED, whatever may run by the rules runs in a drawn order instead.
+//
+// The rules: a stream's operations run in order; an operation behind cudaStreamWaitEvent waits for the event's
+// recording; the legacy default stream waits for all blocking streams, and they for it.
+#include <time.h>
+
+#include <deque>
+
+#include "emu.h" // defines: emu_error, emu_random
+
+struct Operation {
+    std::function<void()> work;                       // empty: only orders others
+    std::vector<std::shared_ptr<Operation>> after;    // in other streams
+    std::shared_ptr<EmuGraph> graph;                  // recorded by this capture, and never done
+    unsigned long number;                             // of all operations
+    bool done;
+};
+typedef std::shared_ptr<Operation> OperationRef;
+
+struct EmuGraph {
+    std::vector<OperationRef> nodes;
+    EmuStream* origin;
+    bool invalid;
+};
+struct EmuGraphExec {
+    std::vector<OperationRef> nodes;
+};
+
+struct EmuStream {
+    bool blocking; // takes part in the default stream's rule
+    std::deque<OperationRef> queue;
+    std::vector<OperationRef> pending_waits; // what the next operation runs after
+    std::shared_ptr<EmuGraph> capture;       // NULL, or what records this stream
+    OperationRef captured;                   // the stream's last node in it
+};
+struct EmuEvent {
+    bool timing;
+    OperationRef recorded; // by the last cudaEventRecord
+    std::shared_ptr<double> time;
+};
+
+static EmuStream default_stream = {true, {}, {}, nullptr, nullptr};
+static std::vector<EmuStream*> streams = {&default_stream};
+static unsigned long operations;
+
+static EmuStream* stream_of(cudaStream_t stream) {
+    if (stream == NULL || stream == cudaStreamLegacy) return &default_stream;
+    for (EmuStream* s : streams)
+        if (s == stream) return s;
+    return NULL;
+}
+
+// ----------------------------------------------------------------------------
+// execution
+
+// The first operation that has to be done before this one, and in which stream; NULL if it can run.
+static bool blocked_by(EmuStream* stream, const OperationRef& op, EmuStream** where, OperationRef* what) {
+    for (const OperationRef& other : op->after)
+        if (!other->done)
+            for (EmuStream* s : streams)
+                for (const OperationRef& queued : s->queue)
+                    if (queued == other) {
+                        *where = s, *what = other;
+                        return true;
+                    }
+    if (!stream->blocking) return false;
+    for (EmuStream* s : streams) {
+        bool ordered = s != stream && s->blocking && (s == &default_stream || stream == &default_stream);
+        if (!ordered || s->queue.empty() || s->queue.front()->number > op->number) continue;
+        *where = s, *what = s->queue.front();
+        return true;
+    }
+    return false;
+}
+
+static void run_front(EmuStream* stream) {
+    OperationRef op = stream->queue.front();
+    if (op->work) op->work();
+    op->done = true;
+    op->work = nullptr;
+    op->after.clear();
+    stream->queue.pop_front();
+}
+
+// Runs the stream up to and including the operation.
+static void run_until(EmuStream* stream, const OperationRef& last) {
+    while (!last->done) {
+        EmuStream* where;
+        OperationRef what;
+        if (blocked_by(stream, stream->queue.front(), &where, &what))
+            run_until(where, what);
+        else
+            run_front(stream);
+    }
+}
+
+// One operation of any stream that can run.
+static void run_any(void) {
+    std::vector<EmuStream*> able;
+    EmuStream* where;
+    OperationRef what;
+    for (EmuStream* s : streams)
+        if (!s->queue.empty() && !blocked_by(s, s->queue.front(), &where, &what)) able.push_back(s);
+    run_front(able[emu_random((unsigned)able.size())]);
+}
+
+static void wait_for(EmuStream* stream, const OperationRef& op) {
+    if (!emu_shuffled()) {
+        run_until(stream, op);
+        return;
+    }
+    while (!op->done) run_any();
+    for (unsigned more = emu_random(4); more > 0; more--) // the device does not stop there
+        for (EmuStream* s : streams)
+            if (!s->queue.empty()) {
+                run_any();
+                break;
+            }
+}
+
+static void drain(EmuStream* stream) {
+    if (!stream->queue.empty()) wait_for(stream, OperationRef(stream->queue.back()));
+}
+void emu_drain(void) {
+    for (EmuStream* s : streams) drain(s);
+}
+
+// ----------------------------------------------------------------------------
+// captures
+
+static EmuStream* capturing_stream(void) {
+    for (EmuStream* s : streams)
+        if (s->capture != nullptr) return s;
+    return NULL;
+}
+
+static cudaError_t invalidate(const std::shared_ptr<EmuGraph>& graph, cudaError_t error) {
+    graph->invalid = true;
+    return emu_error(error);
+}
+
+cudaError_t emu_forbidden_in_capture(void) {
+    EmuStream* s = capturing_stream();
+    return s == NULL ? cudaSuccess : invalidate(s->capture, cudaErrorStreamCaptureUnsupported);
+}
+
+// Puts an operation behind what the stream has; the result is NULL where the stream does not take it.
+static OperationRef append(EmuStream* stream, std::function<void()> work, cudaError_t* error) {
+    EmuStream* capturing = capturing_stream();
+    *error = cudaSuccess;
+    if (stream == &default_stream && capturing != NULL && capturing->blocking)
+        *error = invalidate(capturing->capture, cudaErrorStreamCaptureImplicit);
+    else if (stream->capture != nullptr && stream->capture->invalid)
+        *error = emu_error(cudaErrorStreamCaptureInvalidated);
+    if (*error != cudaSuccess) return NULL;
+    OperationRef op(new Operation{std::move(work), stream->pending_waits, stream->capture, ++operations, false});
+    stream->pending_waits.clear();
+    if (stream->capture == nullptr) {
+        stream->queue.push_back(op);
+    } else {
+        if (stream->captured != nullptr) op->after.push_back(stream->captured);
+        stream->captured = op;
+        stream->capture->nodes.push_back(op);
+    }
+    return op;
+}
+
+cudaError_t emu_enqueue(cudaStream_t handle, std::function<void()> work) {
+    EmuStream* stream = stream_of(handle);
+    cudaError_t error;
+    if (stream == NULL) return emu_error(cudaErrorInvalidResourceHandle);
+    append(stream, std::move(work), &error);
+    return error;
+}
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t handle, cudaStreamCaptureMode) {
+    EmuStream* stream = stream_of(handle);
+    if (stream == NULL) return emu_error(cudaErrorInvalidResourceHandle);
+    if (stream == &default_stream || stream->capture != nullptr)
+        return emu_error(cudaErrorStreamCaptureUnsupported);
+    stream->capture = std::make_shared<EmuGraph>(EmuGraph{{}, stream, false});
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* graph) {
+    EmuStream* stream = stream_of(handle);
+    *graph = NULL;
+    if (stream == NULL) return emu_error(cudaErrorInvalidResourceHandle);
+    std::shared_ptr<EmuGraph> capture = stream->capture;
+    if (capture == nullptr) return emu_error(cudaErrorInvalidValue);
+    if (capture->origin != stream) return invalidate(capture, cudaErrorStreamCaptureUnmatched);
+    bool joined = true; // everything recorded lies before the origin's last node (or what it waits for next)
+    std::vector<OperationRef> reached = stream->pending_waits;
+    if (stream->captured != nullptr) reached.push_back(stream->captured);
+    for (size_t i = 0; i < reached.size(); i++)
+        for (const OperationRef& before : reached[i]->after) {
+            bool known = false;
+            for (const OperationRef& r : reached) known = known || r == before;
+            if (!known) reached.push_back(before);
+        }
+    for (const OperationRef& node : capture->nodes) {
+        bool known = false;
+        for (const OperationRef& r : reached) known = known || r == node;
+        joined = joined && known;
+    }
+    for (EmuStream* s : streams)
+        if (s->capture == capture) {
+            s->capture = nullptr;
+            s->captured = nullptr;
+            s->pending_waits.clear();
+        }
+    if (capture->invalid) return emu_error(cudaErrorStreamCaptureInvalidated);
+    if (!joined) return emu_error(cudaErrorStreamCaptureUnjoined);
+    *graph = new EmuGraph(*capture);
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStatus* status) {
+    EmuStream* stream = stream_of(handle);
+    if (stream == NULL) return emu_error(cudaErrorInvalidResourceHandle);
+    *status = stream->capture == nullptr  ? cudaStreamCaptureStatusNone
+              : stream->capture->invalid ? cudaStreamCaptureStatusInvalidated
+                                         : cudaStreamCaptureStatusActive;
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long) {
+    if (graph == NULL) return emu_error(cudaErrorInvalidValue);
+    *exec = new EmuGraphExec{graph->nodes};
+    return cudaSuccess;
+}
+
+// All nodes, each behind those it depends on: as recorded, or any such order.
+static void replay(const std::vector<OperationRef>& nodes) {
+    std::vector<bool> done(nodes.size(), false);
+    for (size_t left = nodes.size(); left > 0; left--) {
+        std::vector<size_t> able;
+        for (size_t i = 0; i < nodes.size(); i++) {
+            bool can = !done[i];
+            for (size_t k = 0; k < nodes.size() && can; k++)
+                for (const OperationRef& before : nodes[i]->after) can = can && (before != nodes[k] || done[k]);
+            if (can) able.push_back(i);
+            if (can && !emu_shuffled()) break;
+        }
+        size_t next = able[emu_shuffled() ? emu_random((unsigned)able.size()) : 0];
+        if (nodes[next]->work) nodes[next]->work();
+        done[next] = true;
+    }
+}
+
+cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
+    if (exec == NULL) return emu_error(cudaErrorInvalidValue);
+    return emu_enqueue(stream, [nodes = exec->nodes] { replay(nodes); });
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+    delete graph;
+    return cudaSuccess;
+}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
+    delete exec;
+    return cudaSuccess;
+}
+
+// ----------------------------------------------------------------------------
+// streams
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
+    if (emu_need_device() != cudaSuccess) return cudaPeekAtLastError();
+    *stream = new EmuStream{(flags & cudaStreamNonBlocking) == 0, {}, {}, nullptr, nullptr};
+    streams.push_back(*stream);
+    return cudaSuccess;
+}
+cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithFlags(stream, cudaStreamDefault); }
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int) {
+    return cudaStreamCreateWithFlags(stream, flags);
+}
+
+cudaError_t cudaStreamDestroy(cudaStream_t handle) {
+    EmuStream* stream = stream_of(handle);
+    if (stream == NULL || stream == &default_stream) return emu_error(cudaErrorInvalidResourceHandle);
+    drain(stream); // CUDA returns at once and lets the work end; here there is nobody else to do it
+    for (size_t i = 0; i < streams.size(); i++)
+        if (streams[i] == stream) streams.erase(streams.begin() + (long)i--);
+    delete stream;
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
+    if (emu_need_device() != cudaSuccess) return cudaPeekAtLastError();
+    EmuStream* stream = stream_of(handle);
+    if (stream == NULL) return emu_error(cudaErrorInvalidResourceHandle);
+    if (stream->capture != nullptr) return invalidate(stream->capture, cudaErrorStreamCaptureUnsupported);
+    if (stream == &default_stream) { // it is done when the blocking streams before it are
+        cudaError_t error;
+        if (append(stream, nullptr, &error) == nullptr) return error;
+    }
+    drain(stream);
+    return cudaSuccess;
+}
+
+cudaError_t cudaDeviceSynchronize(void) {
+    if (emu_need_device() != cudaSuccess) return cudaPeekAtLastError();
+    cudaError_t forbidden = emu_forbidden_in_capture();
+    if (forbidden == cudaSuccess) emu_drain();
+    return forbidden;
+}
+
+// A program that polls gets on: each question lets the device do one thing more.
+static cudaError_t query(EmuStream* stream, const OperationRef& op) {
+    if (op == nullptr || op->done) return cudaSuccess;
+    EmuStream *where = stream, *next;
+    OperationRef what;
+    while (blocked_by(where, where->queue.front(), &next, &what)) where = next;
+    run_front(where);
+    return op->done ? cudaSuccess : cudaErrorNotReady;
+}
+
+cudaError_t cudaStreamQuery(cudaStream_t handle) {
+    EmuStream* stream = stream_of(handle);
+    if (stream == NULL) return emu_error(cudaErrorInvalidResourceHandle);
+    if (stream->capture != nullptr) return invalidate(stream->capture, cudaErrorStreamCaptureUnsupported);
+    return query(stream, stream->queue.empty() ? nullptr : OperationRef(stream->queue.back()));
+}
+
+cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* argument) {
+    return emu_enqueue(stream, [=] { function(argument); });
+}
+
+// ----------------------------------------------------------------------------
+// events
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static EmuStream* stream_with(const OperationRef& op) {
+    for (EmuStream* s : streams)
+        for (const OperationRef& queued : s->queue)
+            if (queued == op) return s;
+    return NULL;
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
+    if (emu_need_device() != cudaSuccess) return cudaPeekAtLastError();
+    *event = new EmuEvent{(flags & cudaEventDisableTiming) == 0, nullptr, std::make_shared<double>(0)};
+    return cudaSuccess;
+}
+cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, cudaEventDefault); }
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    if (event == NULL) return emu_error(cudaErrorInvalidResourceHandle);
+    delete event;
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t handle) {
+    EmuStream* stream = stream_of(handle);
+    cudaError_t error;
+    if (event == NULL || stream == NULL) return emu_error(cudaErrorInvalidResourceHandle);
+    OperationRef op = append(stream, [time = event->time] { *time = now(); }, &error);
+    if (op != nullptr) event->recorded = op;
+    return error;
+}
+
+cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned) {
+    EmuStream* stream = stream_of(handle);
+    if (event == NULL || stream == NULL) return emu_error(cudaErrorInvalidResourceHandle);
+    const OperationRef& op = event->recorded;
+    if (op == nullptr) return cudaSuccess; // nothing to wait for
+    if (op->graph != nullptr) {            // joins the capture that the event was recorded in
+        if (stream->capture == nullptr && stream != &default_stream) stream->capture = op->graph;
+        if (stream->capture != op->graph) return invalidate(op->graph, cudaErrorStreamCaptureIsolation);
+    } else if (stream->capture != nullptr) {
+        return invalidate(stream->capture, cudaErrorStreamCaptureIsolation);
+    }
+    if (!op->done) stream->pending_waits.push_back(op);
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+    if (event == NULL) return emu_error(cudaErrorInvalidResourceHandle);
+    if (event->recorded == nullptr || event->recorded->done) return cudaSuccess;
+    if (event->recorded->graph != nullptr) return invalidate(event->recorded->graph, cudaErrorCapturedEvent);
+    return query(stream_with(event->recorded), event->recorded);
+}
+
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+    if (event == NULL) return emu_error(cudaErrorInvalidResourceHandle);
+    if (event->recorded == nullptr || event->recorded->done) return cudaSuccess;
+    if (event->recorded->graph != nullptr) return invalidate(event->recorded->graph, cudaErrorCapturedEvent);
+    wait_for(stream_with(event->recorded), OperationRef(event->recorded));
+    return cudaSuccess;
+}
+
+cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t begin, cudaEvent_t end) {
+    if (begin == NULL || end == NULL || !begin->timing || !end->timing || begin->recorded == nullptr ||
+        end->recorded == nullptr)
+        return emu_error(cudaErrorInvalidResourceHandle);
+    if (!begin->recorded->done || !end->recorded->done) return emu_error(cudaErrorNotReady);
+    *milliseconds = (float)(1e3 * (*end->time - *begin->time));
+    return cudaSuccess;
+}

@@ -1,0 +1,259 @@
+// The backward pass of attention on tensor cores, head sizes 64 and 128.
+//
+//     dV = P^T dO      dP = dO V^T      dS = P * (dP - delta)      delta = rowsum(dO * O)
+//     dQ = scale dS K  dK = scale dS^T Q                           P = exp(scale Q K^T - lse), again
+//
+// Two kernels, each the owner of what it writes: no atomics, the same bits every time, at the price of 7 products
+// where one kernel that added dQ up across blocks would need 5. P and dS are rounded to bf16 for the products.
+//     FLOPs, causal: B NH T^2 HS times 3 (dQ) and 4 (dK, dV); bytes: q, k, v, dout read twice, dqkv written once
+// Sizes, and what they are made of: llmc/attention_tiles.cuh.
+#pragma once
+#include "llmc/attention_tiles.cuh" // defines: load_stage, multiply_rows, add_product, store_rows, hide_keys ...
+
+static constexpr float LOG2_E = 1.44269504088896341f;
+
+// ----------------------------------------------------------------------------
+// dQ: a block has some queries of a head and streams the keys that they see
+
+// s becomes dS: p * (dp - delta), p = 2^(s * scale2 - lse2); lse2 and delta of the lane's two rows
+template <int N>
+static __device__ inline void score_gradients_of_rows(float s[N / 8][4], const float dp[N / 8][4],
+                                                      const float lse2[2], const float delta[2],
+                                                      float scale2) {
+#pragma unroll
+    for (int j = 0; j < N / 8; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            s[j][i] = exp2_approx(s[j][i] * scale2 - lse2[i / 2]) * (dp[j][i] - delta[i / 2]);
+}
+
+template <int HS>
+static __global__ void __launch_bounds__(threads_of(sizes_of(ATTENTION_DQ, HS)),
+                                         sizes_of(ATTENTION_DQ, HS).blocks)
+    attention_dq_kernel(bf16* dqkv, const bf16* dout, const bf16* qkv, const float* lse, const float* delta,
+                        const int* doc_start, int T, int NH, int NKV) {
+    constexpr KernelSizes S = sizes_of(ATTENTION_DQ, HS);
+    constexpr int ROWS = rows_of(S), N = S.columns, THREADS = threads_of(S), STAGE = 2 * N * HS;
+    extern __shared__ __align__(128) char shared[];
+    bf16 *q_tile = (bf16*)shared, *dout_tile = q_tile + ROWS * HS, *stages = dout_tile + ROWS * HS;
+
+    int tiles = (T + ROWS - 1) / ROWS, heads = NH + 2 * NKV, warp = (int)threadIdx.x / WARP;
+    BlockPlace at = block_place(tiles, NH);
+    int first = (tiles - 1 - at.tile) * ROWS, end = first + ROWS < T ? first + ROWS : T,
+        kv = at.head / (NH / NKV);
+    int stride = heads * HS, out_stride = NH * HS; // from a position to the next
+    const bf16* k = head_rows(qkv, at.b, T, heads, NH + kv, HS);
+    const int* starts = sequence_starts(doc_start, at.b, T);
+    int begin = starts != NULL ? starts[first] / N * N : 0; // of the keys
+
+    // load: the rows and the first stages
+    load_tile<HS, ROWS, THREADS>(q_tile, head_rows(qkv, at.b, T, heads, at.head, HS), stride, first, T);
+    load_tile<HS, ROWS, THREADS>(dout_tile, head_rows(dout, at.b, T, NH, at.head, HS), out_stride, first, T);
+    for (int i = 0; i < S.stages - 1; i++) {
+        int key = begin + i * N;
+        if (key < end) load_stage<HS, N, THREADS>(stages + i * STAGE, k, stride, k + NKV * HS, stride, key, T);
+        cp_async_commit();
+    }
+    QueryRows rows = query_rows(starts, first + warp * 16, T);
+    float row_lse[2], row_delta[2], dq[HS / 8][4] = {}, scale = 1 / sqrtf((float)HS);
+    for (int i = 0; i < 2; i++) {
+        int t = rows.first + lane_row() + 8 * i < T ? rows.first + lane_row() + 8 * i : T - 1;
+        row_lse[i] = head_statistics(lse, at.b, T, NH, at.head)[t] * LOG2_E;
+        row_delta[i] = head_statistics(delta, at.b, T, NH, at.head)[t];
+    }
+    cp_async_wait<S.stages - 2>();
+    __syncthreads();
+    WarpRows<HS, S.keeps_rows> q_rows, dout_rows;
+    warp_rows_init(&q_rows, q_tile + warp * 16 * HS);
+    warp_rows_init(&dout_rows, dout_tile + warp * 16 * HS);
+
+    for (int i = 0, key = begin; key < end; i++, key += N) {
+        cp_async_wait<S.stages - 2>(); // this stage is there, and the one before is free
+        __syncthreads();
+        int next = key + (S.stages - 1) * N, place = (i + S.stages - 1) % S.stages;
+        if (next < end) load_stage<HS, N, THREADS>(stages + place * STAGE, k, stride, k + NKV * HS, stride, next, T);
+        cp_async_commit();
+        if (!any_seen<N>(&rows, key)) continue;
+        const bf16* stage = stages + i % S.stages * STAGE;
+        float s[N / 8][4], dp[N / 8][4];
+        multiply_rows<HS, N>(s, &q_rows, stage);
+        hide_keys<N>(s, &rows, key);
+        multiply_rows<HS, N>(dp, &dout_rows, stage + N * HS);
+        score_gradients_of_rows<N>(s, dp, row_lse, row_delta, scale * LOG2_E);
+        add_product<HS, N>(dq, s, stage);
+    }
+    bf16* dq_rows = head_rows(dqkv, at.b, T, heads, at.head, HS) + (size_t)rows.first * (size_t)stride;
+    store_rows<HS>(dq_rows, stride, T - rows.first, q_tile + warp * 16 * HS, dq, scale, scale);
+}
+
+// ----------------------------------------------------------------------------
+// dK, dV: a block has some keys of a key head and streams, for each query head of its group, the queries that
+// see them
+
+// Behind the tiles of q and dout in a stage: for each of their N rows
+template <int N> struct QueryColumns {
+    float lse[N], delta[N];
+    int start[N]; // of its document; 0 where there are none
+};
+
+template <int N, int THREADS>
+static __device__ inline void load_columns(QueryColumns<N>* columns, const float* lse, const float* delta,
+                                           const int* starts, int first, int T) {
+    for (int i = (int)threadIdx.x; i < N; i += THREADS) {
+        int t = first + i;
+        bool inside = t < T; // beyond: p becomes 1, dout and delta are 0, so that nothing is added
+        cp_async_or_zero<4>(&columns->lse[i], lse + t, inside);
+        cp_async_or_zero<4>(&columns->delta[i], delta + t, inside);
+        cp_async_or_zero<4>(&columns->start[i], starts + t, inside && starts != NULL);
+    }
+}
+
+// Hides of s (16 keys from `key` on, N queries from `first` on) what is not seen.
+template <int N>
+static __device__ inline void hide_queries(float s[N / 8][4], const QueryColumns<N>* columns, int key,
+                                           int first, int T) {
+    int last = T - first < N ? T - first - 1 : N - 1;
+    if (first >= key + 15 && columns->start[last] <= key) return; // most tiles
+    int k = key + lane_row();
+#pragma unroll
+    for (int j = 0; j < N / 8; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int column = lane_column() + 8 * j + i % 2, row = k + i / 2 * 8;
+            if (row > first + column || row < columns->start[column]) s[j][i] = -INFINITY;
+        }
+}
+
+// s becomes P and dp becomes dS, of keys (rows) and queries (columns)
+template <int N>
+static __device__ inline void score_gradients_of_columns(float s[N / 8][4], float dp[N / 8][4],
+                                                         const QueryColumns<N>* columns, float scale2) {
+#pragma unroll
+    for (int j = 0; j < N / 8; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int column = lane_column() + 8 * j + i % 2;
+            s[j][i] = exp2_approx(s[j][i] * scale2 - columns->lse[column] * LOG2_E);
+            dp[j][i] = s[j][i] * (dp[j][i] - columns->delta[column]);
+        }
+}
+
+// The end of the tiles of `step` queries, the first at `first`, whose queries may see a key up to `last`: starts never
+// decrease, so the first tile that begins in a later document ends the search.
+static __device__ inline int end_of_queries(const int* starts, int first, int last, int T, int step) {
+    if (starts == NULL) return T;
+    for (int t = first; t < T; t += WARP * step) {
+        int mine = t + (int)threadIdx.x % WARP * step;
+        unsigned behind = __ballot_sync(0xFFFFFFFFu, mine >= T || starts[mine] > last);
+        if (behind != 0) return t + (__ffs((int)behind) - 1) * step;
+    }
+    return T;
+}
+
+// What the dK, dV kernel streams: tiles of `heads` query heads, one after the other.
+typedef struct {
+    const bf16 *q, *dout; // of the first head
+    const float *lse, *delta;
+    const int* starts;
+    int stride, out_stride;
+    int T, first, tiles; // queries first .. of each head, in so many tiles
+} QueryStream;
+
+static __device__ inline int stream_query(const QueryStream* in, int i, int N) {
+    return in->first + i % in->tiles * N;
+}
+
+template <int HS, int N, int THREADS>
+static __device__ inline void load_queries(bf16* stage, const QueryStream* in, int i) {
+    int head = i / in->tiles, first = stream_query(in, i, N);
+    load_stage<HS, N, THREADS>(stage, in->q + head * HS, in->stride, in->dout + head * HS, in->out_stride,
+                               first, in->T);
+    size_t statistic = (size_t)head * (size_t)in->T;
+    load_columns<N, THREADS>((QueryColumns<N>*)(stage + 2 * N * HS), in->lse + statistic,
+                             in->delta + statistic, in->starts, first, in->T);
+}
+
+template <int HS>
+static __global__ void __launch_bounds__(threads_of(sizes_of(ATTENTION_DKV, HS)),
+                                         sizes_of(ATTENTION_DKV, HS).blocks)
+    attention_dkv_kernel(bf16* dqkv, const bf16* dout, const bf16* qkv, const float* lse, const float* delta,
+                         const int* doc_start, int T, int NH, int NKV) {
+    constexpr KernelSizes S = sizes_of(ATTENTION_DKV, HS);
+    constexpr int ROWS = rows_of(S), N = S.columns, THREADS = threads_of(S);
+    constexpr int STAGE = stage_bytes(ATTENTION_DKV, HS) / (int)sizeof(bf16);
+    extern __shared__ __align__(128) char shared[];
+    bf16 *k_tile = (bf16*)shared, *v_tile = k_tile + ROWS * HS, *stages = v_tile + ROWS * HS;
+
+    int tiles = (T + ROWS - 1) / ROWS, heads = NH + 2 * NKV, group = NH / NKV, warp = (int)threadIdx.x / WARP;
+    BlockPlace at = block_place(tiles, NKV);
+    int first = at.tile * ROWS, last = (first + ROWS < T ? first + ROWS : T) - 1, key = first + warp * 16;
+    int stride = heads * HS;
+    QueryStream in = {head_rows(qkv, at.b, T, heads, at.head * group, HS),
+                      head_rows(dout, at.b, T, NH, at.head * group, HS),
+                      head_statistics(lse, at.b, T, NH, at.head * group),
+                      head_statistics(delta, at.b, T, NH, at.head * group),
+                      sequence_starts(doc_start, at.b, T),
+                      stride,
+                      NH * HS,
+                      T,
+                      first / N * N,
+                      0};
+    in.tiles = (end_of_queries(in.starts, in.first, last, T, N) - in.first + N - 1) / N;
+    int count = in.tiles * group;
+
+    // load: the rows and the first stages
+    const bf16* v = head_rows(qkv, at.b, T, heads, NH + NKV + at.head, HS);
+    load_tile<HS, ROWS, THREADS>(k_tile, head_rows(qkv, at.b, T, heads, NH + at.head, HS), stride, first, T);
+    load_tile<HS, ROWS, THREADS>(v_tile, v, stride, first, T);
+    for (int i = 0; i < S.stages - 1; i++) {
+        if (i < count) load_queries<HS, N, THREADS>(stages + i * STAGE, &in, i);
+        cp_async_commit();
+    }
+    cp_async_wait<S.stages - 2>();
+    __syncthreads();
+    WarpRows<HS, S.keeps_rows> k_rows, v_rows;
+    warp_rows_init(&k_rows, k_tile + warp * 16 * HS);
+    warp_rows_init(&v_rows, v_tile + warp * 16 * HS);
+
+    float dk[HS / 8][4] = {}, dv[HS / 8][4] = {}, scale = 1 / sqrtf((float)HS);
+    for (int i = 0; i < count; i++) {
+        cp_async_wait<S.stages - 2>(); // this stage is there, and the one before is free
+        __syncthreads();
+        int next = i + S.stages - 1;
+        if (next < count) load_queries<HS, N, THREADS>(stages + next % S.stages * STAGE, &in, next);
+        cp_async_commit();
+        const bf16* stage = stages + i % S.stages * STAGE;
+        const QueryColumns<N>* columns = (const QueryColumns<N>*)(stage + 2 * N * HS);
+        int query = stream_query(&in, i, N);
+        if (query + N - 1 < key || columns->start[0] > key + 15) continue; // none sees the warp's keys
+        float s[N / 8][4], dp[N / 8][4];
+        multiply_rows<HS, N>(s, &k_rows, stage);
+        hide_queries<N>(s, columns, key, query, T);
+        multiply_rows<HS, N>(dp, &v_rows, stage + N * HS);
+        score_gradients_of_columns<N>(s, dp, columns, scale * LOG2_E);
+        add_product<HS, N>(dv, s, stage + N * HS);
+        add_product<HS, N>(dk, dp, stage);
+    }
+    bf16* dk_rows = head_rows(dqkv, at.b, T, heads, NH + at.head, HS) + (size_t)key * (size_t)stride;
+    store_rows<HS>(dk_rows, stride, T - key, k_tile + warp * 16 * HS, dk, scale, scale);
+    store_rows<HS>(dk_rows + (size_t)NKV * HS, stride, T - key, v_tile + warp * 16 * HS, dv, 1, 1);
+}
+
+// ----------------------------------------------------------------------------
+// launchers: arguments as in attention.cuh
+
+template <int HS>
+static inline void attention_mma_backward(bf16* dqkv, const bf16* dout, const bf16* qkv, const float* lse,
+                                          const float* delta, const int* doc_start, int B, int T, int NH,
+                                          int NKV, cudaStream_t stream) {
+    constexpr KernelSizes Q = sizes_of(ATTENTION_DQ, HS), KV = sizes_of(ATTENTION_DKV, HS);
+    constexpr int Q_SHARED = shared_bytes(ATTENTION_DQ, HS), KV_SHARED = shared_bytes(ATTENTION_DKV, HS);
+    allow_shared((const void*)attention_dq_kernel<HS>, Q_SHARED);
+    allow_shared((const void*)attention_dkv_kernel<HS>, KV_SHARED);
+    attention_dkv_kernel<HS><<<tile_blocks(T, rows_of(KV), NKV, B), threads_of(KV), KV_SHARED, stream>>>(
+        dqkv, dout, qkv, lse, delta, doc_start, T, NH, NKV);
+    LAUNCH_CHECK();
+    attention_dq_kernel<HS><<<tile_blocks(T, rows_of(Q), NH, B), threads_of(Q), Q_SHARED, stream>>>(
+        dqkv, dout, qkv, lse, delta, doc_start, T, NH, NKV);
+    LAUNCH_CHECK();
+}
