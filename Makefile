@@ -50,8 +50,9 @@ E2E      := $(wildcard dev/test/e2e_*.sh)
 BENCH    := $(patsubst dev/bench/%.c,$(BUILD)/bench/%,$(wildcard dev/bench/bench_*.c))
 FUZZ     := $(patsubst dev/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard dev/fuzz/fuzz_*.c))
 HEADERS  := $(wildcard llmc/*.h)
-SOURCES  := $(wildcard *.c *.cu llmc/*.h llmc/*.cuh dev/*/*.c dev/*/*.h dev/*/*.cu dev/*/*.cuh dev/*/*.cc dev/emu/include/*.h \
-            dev/emu/include/*/*.h)
+EMULATOR := $(wildcard $(addprefix dev/emu/,* include/*.h include/*/*.h))
+SOURCES  := $(wildcard *.c *.cu llmc/*.h llmc/*.cuh $(addprefix dev/*/*.,c h cu cuh)) \
+            $(filter %.h %.cc,$(EMULATOR))
 
 # One short line for each compiler call; V=1 shows the whole.
 Q = $(if $(V),,@echo '  $(1) $@' &&)
@@ -65,21 +66,17 @@ MAKEFLAGS += --no-builtin-rules
 .PHONY: all gpu no-gpu tests fuzzers benches test run-tests test-gpu quickstart fuzz bench format check-format \
         cppcheck check-headers check-asan check-races mutations fixtures check-hf clean help FORCE
 
-all: $(PROGRAMS) ## build ./train_gpt_cpu and ./corpus (CC=gcc or clang, DNNL=0 for no oneDNN); with nvcc ./train_gpt, too
+all: $(PROGRAMS) ## build ./train_gpt_cpu, ./corpus (CC=clang, DNNL=0 for no oneDNN) and, with nvcc, ./train_gpt
 
-# ----------------------------------------------------------------------------
-# programs
-
-$(BIN)/train_gpt_cpu: train_gpt.c $(BUILD)/flags $(BUILD)/version
-	$(COMPILE) -DVERSION='"$(VERSION)"' -o $@ $< $(LDFLAGS) $(LDLIBS)
-
-$(BIN)/corpus: dev/data/corpus.c $(BUILD)/flags $(BUILD)/version
-	$(COMPILE) -DVERSION='"$(VERSION)"' -o $@ $< $(LDFLAGS) $(LDLIBS)
+$(BIN)/train_gpt_cpu: train_gpt.c
+$(BIN)/corpus: dev/data/corpus.c
+$(PROGRAMS): $(BUILD)/flags $(BUILD)/version
+	$(COMPILE) -DVERSION='"$(VERSION)"' -o $@ $(firstword $(filter %.c,$^)) $(LDFLAGS) $(LDLIBS)
 
 # ----------------------------------------------------------------------------
 # the GPU programs, with nvcc: $CUDA_HOME's, PATH's, the toolkit's or a wheel's (NVCC=... says which, NVCC= none)
 
-# A toolkit is one folder, {bin,include,lib64}. Python's wheels are several, nvidia/cu13/{bin,include,lib},
+# A toolkit is one folder, {bin,include,lib64}. Python's wheels are several, nvidia/cu13/{bin,include,lib} and
 # nvidia/nccl/{include,lib}, and have libraries under their full names only: libcublasLt.so.13.
 WHEELS := $(wildcard $(addsuffix /*,$(shell python3 -c 'import nvidia; print(*nvidia.__path__)' 2>/dev/null)))
 ifeq ($(origin NVCC),undefined)
@@ -93,57 +90,53 @@ include_of = $(patsubst %/$(1),%,$(firstword $(wildcard $(CUDA_DIRS:%=%/include/
 library_of = $(firstword $(wildcard $(foreach d,$(CUDA_DIRS:%=%/lib),$(foreach e,so so.*,\
                  $d64/lib$(1).$e $d/lib$(1).$e $d/*-linux-gnu/lib$(1).$e))))
 NCCL      := $(and $(call include_of,nccl.h),$(call library_of,nccl))
-INCLUDES  := $(sort $(foreach h,cuda_runtime.h cublasLt.h nvtx3/nvToolsExt.h $(if $(NCCL),nccl.h),$(call include_of,$h)))
+INCLUDES  := $(sort $(foreach h,cuda_runtime.h cublasLt.h nvtx3/nvToolsExt.h nccl.h,$(call include_of,$h)))
 LIBRARIES := $(foreach l,cudart cublasLt,$(call library_of,$l)) $(NCCL)
 NO_GPU    := $(if $(NVCC),$(if $(word 2,$(LIBRARIES)),,no libcudart or libcublasLt for $(NVCC)),no nvcc was found)
 
-# Machine code for A100s, H100s and B200s, and PTX for what comes after them. GPU_ARCH=90a: for that one only, faster.
-GPU_ARCH := 80 90a 100
+# Machine code for A100s, H100s and B200s, and PTX for what comes after. GPU_ARCH=90a: for that one only, faster.
+GPU_ARCH ?= 80 90a 100
 GENCODE  := $(foreach a,$(GPU_ARCH),-gencode arch=compute_$a,code=sm_$a)
 ifeq ($(origin GPU_ARCH),file)
 GENCODE  += -gencode arch=compute_100,code=compute_100
 endif
 # No -march=native: it is built on one machine of a cluster and runs on others.
-NVCCFLAGS := -std=c++17 -O3 -lineinfo --threads 0 -cudart none $(GENCODE) -Xcompiler -fopenmp,-Wall,-Wextra,-Werror \
-    -Werror all-warnings -I. $(patsubst %,-isystem %,$(filter-out /usr/include $(TOOLKIT)/include,$(INCLUDES))) $(if $(NCCL),-DUSE_NCCL)
-GPU_LIBS := $(foreach d,$(sort $(dir $(LIBRARIES))),-L$d -Xlinker -rpath=$(d:%/=%)) $(addprefix -l:,$(notdir $(LIBRARIES))) \
-            -Xlinker --as-needed $(LDLIBS)
-NVCOMPILE = $(call Q,nvcc) $(NVCC) $(NVCCFLAGS) -MMD -MP -MF $(BUILD)/$(@F).d -MT $@
+NVCCFLAGS := -std=c++17 -O3 -lineinfo --threads 0 -cudart none $(GENCODE) -Werror all-warnings \
+    -Xcompiler -fopenmp,-Wall,-Wextra,-Werror -I. $(if $(NCCL),-DUSE_NCCL) \
+    $(patsubst %,-isystem %,$(filter-out /usr/include $(TOOLKIT)/include,$(INCLUDES)))
+GPU_LIBS  := $(foreach d,$(sort $(dir $(LIBRARIES))),-L$d -Xlinker -rpath=$(d:%/=%)) \
+             $(addprefix -l:,$(notdir $(LIBRARIES))) -Xlinker --as-needed $(LDLIBS)
 FP32      = $(if $(findstring _fp32,$(@F)),-DPRECISION_FP32)
 
 GPU_PROGRAMS := $(addprefix $(BIN)/,train_gpt train_gpt_fp32)
 GPU_TESTS    := $(addprefix $(BIN)/,test_gpt2 test_gpt2_fp32)
 GPU_BENCH    := $(BUILD)/bench/bench_gpu
-gpu: $(GPU_PROGRAMS) $(GPU_TESTS) $(GPU_BENCH) ## build all that runs on a GPU, benchmarks too (GPU_ARCH=90a: faster)
-ifneq ($(NO_GPU),)
-all: no-gpu
+GPU          := $(GPU_PROGRAMS) $(GPU_TESTS) $(GPU_BENCH)
+gpu: $(GPU) ## build all that runs on a GPU, tests and benchmarks too (GPU_ARCH=90a: faster)
+all: $(if $(NO_GPU),no-gpu,$(GPU_PROGRAMS))
 no-gpu:
 	@echo '  not built: train_gpt, train_gpt_fp32: $(NO_GPU)'
-$(GPU_PROGRAMS) $(GPU_TESTS) $(GPU_BENCH):
-	@echo '$@ cannot be built: $(NO_GPU)' >&2; exit 69
-else
-all: $(GPU_PROGRAMS)
-$(GPU_PROGRAMS) $(GPU_TESTS): $(BIN)/%: $$(subst _fp32,,$$*).cu $(BUILD)/gpu_flags
+$(GPU_PROGRAMS) $(GPU_TESTS): $(BIN)/%: $$(subst _fp32,,$$*).cu
+$(GPU_BENCH): dev/bench/bench_gpu.cu | $(BUILD)/bench
+$(GPU): $(BUILD)/gpu_flags
+	$(if $(NO_GPU),@echo '$@ cannot be built: $(NO_GPU)' >&2; exit 69)
 	$(if $(NCCL),,@echo '  $@ is built without NCCL: no nccl.h was found, or no libnccl (NCCL_HOME=... says where)')
-	$(NVCOMPILE) $(FP32) -DVERSION='"$(VERSION)"' -o $@ $< $(filter %.o,$^) $(GPU_LIBS)
-$(GPU_BENCH): dev/bench/bench_gpu.cu $(BUILD)/gpu_flags | $(BUILD)/bench
-	$(NVCOMPILE) -o $@ $< $(GPU_LIBS)
-endif
+	$(call Q,nvcc) $(NVCC) $(NVCCFLAGS) $(FP32) -DVERSION='"$(VERSION)"' -MMD -MP -MF $(BUILD)/$(@F).d -MT $@ \
+	    -o $@ $(firstword $(filter %.cu,$^)) $(filter %.o,$^) $(GPU_LIBS)
 
 # What test_gpt2 is held against: the CPU reference in fp64 and in fp32.
 REFERENCES := $(BUILD)/reference.o $(BUILD)/reference32.o
 $(REFERENCES): dev/test/reference.c $(BUILD)/flags
 	$(COMPILE) $(if $(findstring 32,$@),,-DREAL=double) -c -o $@ $<
 
-# The same programs on the CPU (dev/emu): fast, or under ASan and UBSan, or with every load and store of a kernel followed.
+# The same programs on the CPU, by dev/emu: fast, under ASan and UBSan, or with every access of a kernel followed.
 EMU_fast  := -O2 -march=native
 EMU_asan  := -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 EMU_races := -O1
 EMU_FLAGS := -g -fopenmp $(WARNINGS) -DUSE_NCCL
 kind      = $(notdir $(@D))
-EMULATED := $(foreach k,fast asan races,$(addprefix $(BUILD)/$k/,train_gpt_emu train_gpt_fp32_emu test_gpt2_emu test_gpt2_fp32_emu))
-$(EMULATED): $(BUILD)/%_emu: $$(subst _fp32,,$$(*F)).cu $(wildcard $(addprefix dev/emu/,* include/*.h include/*/*.h)) \
-             $(BUILD)/emu_flags | $(BUILD)/fast $(BUILD)/asan $(BUILD)/races
+EMULATED  := $(foreach k,fast asan races,$(patsubst $(BIN)/%,$(BUILD)/$k/%_emu,$(GPU_PROGRAMS) $(GPU_TESTS)))
+$(EMULATED): $(BUILD)/%_emu: $$(subst _fp32,,$$(*F)).cu $(EMULATOR) $(BUILD)/flags | $$(@D)
 	$(call Q,emu) CXX=$(CXX) EMU_CHECK=$(filter races,$(kind)) dev/emu/compile $@ $< $(EMU_$(kind)) $(EMU_FLAGS) \
 	    $(FP32) -DVERSION='"$(VERSION)"' $(filter %.o,$^) $(LDFLAGS) $(LDLIBS)
 	@sed 's|.*|$@: &\n&:|' $@.emu/files >$(BUILD)/$(kind)_$(@F).d
@@ -151,9 +144,6 @@ $(filter %/test_gpt2_emu %/test_gpt2_fp32_emu,$(EMULATED)) $(GPU_TESTS): $(REFER
 $(filter %/train_gpt_emu %/train_gpt_fp32_emu,$(EMULATED)) $(GPU_PROGRAMS): $(BUILD)/version
 $(BIN)/train_gpt_emu: $(BUILD)/fast/train_gpt_emu
 	@cp $< $@
-
-# ----------------------------------------------------------------------------
-# more programs
 
 tests: $(UNIT) $(DRIVERS) ## build the unit tests
 $(BUILD)/test/%: dev/test/%.c $(BUILD)/flags | $(BUILD)/test
@@ -176,11 +166,9 @@ $(addprefix $(BUILD)/,test bench fuzz fast asan races):
 # These files change only when their text does, and take with them what was built from the old text.
 stamp = @mkdir -p $(BUILD); echo '$(1)' | cmp -s - $@ || echo '$(1)' >$@
 $(BUILD)/flags: FORCE
-	$(call stamp,$(CC) $(CPPFLAGS) $(CFLAGS) $(WARNINGS) $(LDLIBS))
+	$(call stamp,$(CC) $(CPPFLAGS) $(CFLAGS) $(WARNINGS) $(LDLIBS) $(CXX) $(EMU_FLAGS) $(EMU_fast) $(EMU_asan) $(EMU_races))
 $(BUILD)/gpu_flags: FORCE
 	$(call stamp,$(NVCC) $(NVCCFLAGS) $(GPU_LIBS))
-$(BUILD)/emu_flags: FORCE
-	$(call stamp,$(CXX) $(EMU_FLAGS) $(EMU_fast) $(EMU_asan) $(EMU_races) $(LDLIBS))
 $(BUILD)/version: FORCE
 	$(call stamp,$(VERSION))
 
@@ -193,8 +181,8 @@ test: ## install what tests need, build, run every test; the last line counts th
 	@scripts/setup.sh test
 	@$(SUBMAKE) run-tests
 
-EMU_TESTS := $(BUILD)/fast/test_gpt2_emu $(BUILD)/fast/test_gpt2_fp32_emu
-run-tests: $(PROGRAMS) tests $(BIN)/train_gpt_emu $(EMU_TESTS) ## the same without looking at what is installed (TESTS="..." for a few)
+EMU_TESTS := $(addprefix $(BUILD)/fast/,test_gpt2_emu test_gpt2_fp32_emu)
+run-tests: $(PROGRAMS) tests $(BIN)/train_gpt_emu $(EMU_TESTS) ## the same without setup.sh (TESTS="..." for a few)
 	@dev/test/run.sh $(or $(TESTS),$(EMU_TESTS) $(E2E) $(UNIT))
 
 test-gpu: $(PROGRAMS) $(GPU_PROGRAMS) $(GPU_TESTS) ## on a GPU: the tests that make test runs on the CPU in its place
@@ -215,7 +203,7 @@ fuzz: $(FUZZ) ## run every fuzzer for FUZZ_SECONDS=30, two at a time
 bench: $(PROGRAMS) $(BENCH) ## run the benchmarks, one after the other
 	@for b in $(BENCH); do $$b || exit 1; done
 
-check-asan check-races: check-%: $(BUILD)/%/test_gpt2_emu $(BUILD)/%/test_gpt2_fp32_emu ## test_gpt2_emu, with every check
+check-asan check-races: check-%: $(BUILD)/%/test_gpt2_emu $(BUILD)/%/test_gpt2_fp32_emu ## test_gpt2 under every check
 	@TEST_SECONDS=3000 dev/test/run.sh $^
 
 mutations: ## do the tests bite? breaks the GPU program in one way after another (dev/test/mutations.txt)

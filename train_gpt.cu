@@ -988,6 +988,9 @@ static bool check_sizes(const ModelConfig* c, Error* err) {
                 "model.%s is %d: %s needs a multiple of 8, as it reads 16 bytes at a time; change it, or "
                 "use train_gpt_cpu",
                 sizes[i].key, sizes[i].value, PROGRAM_NAME);
+    if (c->hidden_size > NORM_MAX_COLUMNS)
+        return fail(err, EXIT_CONFIG, "hidden_size (n_embd) is %d: %s has norms for at most %d", c->hidden_size,
+                    PROGRAM_NAME, NORM_MAX_COLUMNS);
     if (c->head_dim <= ATTENTION_MAX_HEAD) return true;
     return fail(err, EXIT_CONFIG, "head_dim is %d: %s has attention for at most %d", c->head_dim,
                 PROGRAM_NAME, ATTENTION_MAX_HEAD);

@@ -2,19 +2,19 @@
 //
 //     S = scale Q K^T      P = softmax(S)      O = P V      scale = 1 / sqrt(HS)
 //
-// qkv is (B, T, (NH + 2 NKV) * HS): the query heads of a token, then its key heads, then its value heads. Query
-// head h reads key and value head h / (NH / NKV). doc_start (B, T), or NULL, is the first key that a row may see
-// (packed documents): at most the row's own index, and never decreasing along a sequence. S is never stored: a
-// running softmax goes along the keys, and the backward pass computes S again from lse.
-//     FLOPs, causal: 2 B NH T^2 HS;  bytes: q, k, v read and out written once, as far as the second-level cache
-//     holds the keys of the heads at work
+// qkv is (B, T, (NH + 2 NKV) * HS): the query heads of a token, then its key heads, then its value heads.
+// Query head h reads key and value head h / (NH / NKV). doc_start (B, T), or NULL, is the first key that a
+// row may see (packed documents): at most the row's own index, and never decreasing along a sequence. S is
+// never stored: a running softmax goes along the keys, and the backward pass computes S again from lse.
+//     FLOPs, causal: 2 B NH T^2 HS;  bytes: q, k, v read and out written once, as far as the second-level
+//     cache holds the keys of the heads at work
 // The softmax is in base 2, its scale and log2(e) folded into one factor. P is rounded to bf16 for P V.
 // Source: Dao, FlashAttention-2, 2023; Milakov and Gimelshein, Online normalizer calculation, 2018.
 #pragma once
 #include "llmc/attention_backward.cuh" // defines: attention_mma_backward, LOG2_E
 #include "llmc/attention_general.cuh"  // defines: attention_general_forward, attention_general_backward,
                                        //     attention_delta, attention_decode, ATTENTION_MAX_HEAD
-#include "llmc/attention_tiles.cuh" // defines: load_stage, multiply_rows, add_product, store_rows, hide_keys ...
+#include "llmc/attention_tiles.cuh"    // defines: load_stage, multiply_rows, add_product, store_rows ...
 
 // ----------------------------------------------------------------------------
 // forward
@@ -73,7 +73,8 @@ static __global__ void __launch_bounds__(threads_of(sizes_of(ATTENTION_FORWARD, 
     load_tile<HS, ROWS, THREADS>(q_tile, head_rows(qkv, at.b, T, heads, at.head, HS), stride, first, T);
     for (int i = 0; i < S.stages - 1; i++) {
         int key = begin + i * N;
-        if (key < end) load_stage<HS, N, THREADS>(stages + i * STAGE, k, stride, k + NKV * HS, stride, key, T);
+        if (key < end)
+            load_stage<HS, N, THREADS>(stages + i * STAGE, k, stride, k + NKV * HS, stride, key, T);
         cp_async_commit();
     }
     QueryRows rows = query_rows(starts, first + warp * 16, T);
@@ -88,7 +89,8 @@ static __global__ void __launch_bounds__(threads_of(sizes_of(ATTENTION_FORWARD, 
         cp_async_wait<S.stages - 2>(); // this stage is there, and the one before is free
         __syncthreads();
         int next = key + (S.stages - 1) * N, place = (i + S.stages - 1) % S.stages;
-        if (next < end) load_stage<HS, N, THREADS>(stages + place * STAGE, k, stride, k + NKV * HS, stride, next, T);
+        if (next < end)
+            load_stage<HS, N, THREADS>(stages + place * STAGE, k, stride, k + NKV * HS, stride, next, T);
         cp_async_commit();
         if (!any_seen<N>(&rows, key)) continue;
         const bf16* stage = stages + i % S.stages * STAGE;
@@ -124,8 +126,8 @@ static inline void attention_mma_forward(bf16* out, float* lse, const bf16* qkv,
 }
 
 // ----------------------------------------------------------------------------
-// which kernels take a call: by element type and head size, here alone. Kernels of one architecture (wgmma, sm_90a)
-// will be one more line. Templates, so that a build in fp32 does not look into kernels for bf16.
+// which kernels take a call: by element type and head size, here alone. Kernels of one architecture (wgmma,
+// sm_90a) will be one more line. Templates, so that a build in fp32 does not look into kernels for bf16.
 
 template <typename X>
 static inline void forward_dispatch(X* out, float* lse, const X* qkv, const int* doc_start, int B, int T,

@@ -3,12 +3,14 @@
 //     dV = P^T dO      dP = dO V^T      dS = P * (dP - delta)      delta = rowsum(dO * O)
 //     dQ = scale dS K  dK = scale dS^T Q                           P = exp(scale Q K^T - lse), again
 //
-// Two kernels, each the owner of what it writes: no atomics, the same bits every time, at the price of 7 products
-// where one kernel that added dQ up across blocks would need 5. P and dS are rounded to bf16 for the products.
-//     FLOPs, causal: B NH T^2 HS times 3 (dQ) and 4 (dK, dV); bytes: q, k, v, dout read twice, dqkv written once
+// Two kernels, each the owner of what it writes: no atomics, the same bits every time, at the price of 7
+// products where one kernel that added dQ up across blocks would need 5. P and dS are rounded to bf16 for the
+// products.
+//     FLOPs, causal: B NH T^2 HS times 3 (dQ) and 4 (dK, dV);  bytes: q, k, v, dout read twice, dqkv written
+//     once, as far as the second-level cache holds the heads at work
 // Sizes, and what they are made of: llmc/attention_tiles.cuh.
 #pragma once
-#include "llmc/attention_tiles.cuh" // defines: load_stage, multiply_rows, add_product, store_rows, hide_keys ...
+#include "llmc/attention_tiles.cuh" // defines: load_stage, multiply_rows, add_product, store_rows ...
 
 static constexpr float LOG2_E = 1.44269504088896341f;
 
@@ -51,7 +53,8 @@ static __global__ void __launch_bounds__(threads_of(sizes_of(ATTENTION_DQ, HS)),
     load_tile<HS, ROWS, THREADS>(dout_tile, head_rows(dout, at.b, T, NH, at.head, HS), out_stride, first, T);
     for (int i = 0; i < S.stages - 1; i++) {
         int key = begin + i * N;
-        if (key < end) load_stage<HS, N, THREADS>(stages + i * STAGE, k, stride, k + NKV * HS, stride, key, T);
+        if (key < end)
+            load_stage<HS, N, THREADS>(stages + i * STAGE, k, stride, k + NKV * HS, stride, key, T);
         cp_async_commit();
     }
     QueryRows rows = query_rows(starts, first + warp * 16, T);
@@ -71,7 +74,8 @@ static __global__ void __launch_bounds__(threads_of(sizes_of(ATTENTION_DQ, HS)),
         cp_async_wait<S.stages - 2>(); // this stage is there, and the one before is free
         __syncthreads();
         int next = key + (S.stages - 1) * N, place = (i + S.stages - 1) % S.stages;
-        if (next < end) load_stage<HS, N, THREADS>(stages + place * STAGE, k, stride, k + NKV * HS, stride, next, T);
+        if (next < end)
+            load_stage<HS, N, THREADS>(stages + place * STAGE, k, stride, k + NKV * HS, stride, next, T);
         cp_async_commit();
         if (!any_seen<N>(&rows, key)) continue;
         const bf16* stage = stages + i % S.stages * STAGE;
@@ -138,8 +142,8 @@ static __device__ inline void score_gradients_of_columns(float s[N / 8][4], floa
         }
 }
 
-// The end of the tiles of `step` queries, the first at `first`, whose queries may see a key up to `last`: starts never
-// decrease, so the first tile that begins in a later document ends the search.
+// The end of the tiles of `step` queries, the first at `first`, whose queries may see a key up to `last`:
+// starts never decrease, so the first tile that begins in a later document ends the search.
 static __device__ inline int end_of_queries(const int* starts, int first, int last, int T, int step) {
     if (starts == NULL) return T;
     for (int t = first; t < T; t += WARP * step) {
@@ -150,9 +154,9 @@ static __device__ inline int end_of_queries(const int* starts, int first, int la
     return T;
 }
 
-// What the dK, dV kernel streams: tiles of `heads` query heads, one after the other.
+// What the dK, dV kernel streams: tiles of the query heads of a group, one head after the other.
 typedef struct {
-    const bf16 *q, *dout; // of the first head
+    const bf16 *q, *dout; // of the first head, as lse and delta are
     const float *lse, *delta;
     const int* starts;
     int stride, out_stride;
@@ -187,18 +191,19 @@ static __global__ void __launch_bounds__(threads_of(sizes_of(ATTENTION_DKV, HS))
     int tiles = (T + ROWS - 1) / ROWS, heads = NH + 2 * NKV, group = NH / NKV, warp = (int)threadIdx.x / WARP;
     BlockPlace at = block_place(tiles, NKV);
     int first = at.tile * ROWS, last = (first + ROWS < T ? first + ROWS : T) - 1, key = first + warp * 16;
-    int stride = heads * HS;
+    int stride = heads * HS, out_stride = NH * HS; // from a position to the next
+    const int* starts = sequence_starts(doc_start, at.b, T);
     QueryStream in = {head_rows(qkv, at.b, T, heads, at.head * group, HS),
                       head_rows(dout, at.b, T, NH, at.head * group, HS),
                       head_statistics(lse, at.b, T, NH, at.head * group),
                       head_statistics(delta, at.b, T, NH, at.head * group),
-                      sequence_starts(doc_start, at.b, T),
+                      starts,
                       stride,
-                      NH * HS,
+                      out_stride,
                       T,
                       first / N * N,
                       0};
-    in.tiles = (end_of_queries(in.starts, in.first, last, T, N) - in.first + N - 1) / N;
+    in.tiles = (end_of_queries(starts, in.first, last, T, N) - in.first + N - 1) / N;
     int count = in.tiles * group;
 
     // load: the rows and the first stages

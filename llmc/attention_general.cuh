@@ -1,9 +1,10 @@
-// Attention for any head size that is a multiple of 8, in either precision, in plain fp32 arithmetic: what fp32
-// builds use, unusual head sizes, and decoding. Correct before it is fast; llmc/attention.cuh has the fast kernels.
-// Scores are never stored: the backward pass computes them again from lse.
+// Attention for any head size that is a multiple of 8, in either precision, in plain fp32 arithmetic: what
+// fp32 builds use, unusual head sizes, and decoding. Correct before it is fast; llmc/attention.cuh has the
+// fast kernels. Scores are never stored: the backward pass computes them again from lse.
 //
-// A warp has a row: of queries in the forward pass and for dq, of keys for dk and dv. 32 scores are computed at a
-// time, one to a lane; then all lanes together add up 32 weighted rows, a lane keeping every 32nd column.
+// A warp has a row: of queries in the forward pass and for dq, of keys for dk and dv. 32 scores are computed
+// at a time, one to a lane; then all lanes together add up 32 weighted rows, a lane keeping every 32nd
+// column.
 #pragma once
 #include "llmc/cuda_common.cuh" // defines: floatX, load_vec, warp_sum, warp_max
 
@@ -25,7 +26,8 @@ static __device__ inline Head head_of_qkv(const floatX* qkv, int b, int h, int T
     return head;
 }
 
-// The row of a warp, rows fastest, then heads, then sequences. t may be T or more: then there is nothing to do.
+// The row of a warp, rows fastest, then heads, then sequences. t may be T or more: then there is nothing to
+// do.
 typedef struct {
     int t, head, b;
 } WarpPlace;
@@ -73,7 +75,8 @@ static __device__ inline void store_columns(floatX* row, const float sum[GENERAL
     }
 }
 
-// out (HS) = softmax over keys [begin, end) of scale q k^T, times v; returns the logarithm of the denominator.
+// out (HS) = softmax over keys [begin, end) of scale q k^T, times v; returns the logarithm of the
+// denominator.
 static __device__ inline float attend(floatX* out, const floatX* q, const Head* h, int begin, int end) {
     int lane = (int)threadIdx.x % WARP;
     float max = -INFINITY, sum = 0, o[GENERAL_COLUMNS] = {0};
@@ -110,8 +113,9 @@ static __global__ void __launch_bounds__(GENERAL_WARPS* WARP)
 
 enum { DELTA_THREADS = 256 };
 
-// delta (B, NH, T) = the sums over a head's columns of dout * out (B, T, NH, HS). A row has `lanes` neighbouring
-// lanes, a power of two, so that at head size 64 a warp reads four rows at a time. Reads 2 N NH HS elements.
+// delta (B, NH, T) = the sums over a head's columns of dout * out (B, T, NH, HS). A row has `lanes`
+// neighbouring lanes, a power of two, so that at head size 64 a warp reads four rows at a time. Reads 2 N NH
+// HS elements.
 static __global__ void __launch_bounds__(DELTA_THREADS)
     attention_delta_kernel(float* delta, const floatX* dout, const floatX* out, size_t rows, int T, int NH,
                            int HS, int lanes) {
@@ -236,8 +240,8 @@ static inline void attention_general_backward(floatX* dqkv, const floatX* dout, 
     LAUNCH_CHECK();
 }
 
-// One new token against the keys and values so far. out, q (NH*HS); k_cache, v_cache (length or more, NKV*HS): a
-// row of each per position, the new token's own among them; length is 1 or more.
+// One new token against the keys and values so far. out, q (NH*HS); k_cache, v_cache (length or more,
+// NKV*HS): a row of each per position, the new token's own among them; length is 1 or more.
 static inline void attention_decode(floatX* out, const floatX* q, const floatX* k_cache,
                                     const floatX* v_cache, int length, int NH, int NKV, int HS,
                                     cudaStream_t stream) {

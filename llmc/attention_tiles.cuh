@@ -1,4 +1,5 @@
-// What the tensor-core attention kernels have in common: their sizes, tiles in shared memory, products, masks.
+// What the tensor-core attention kernels have in common: their sizes, tiles in shared memory, products,
+// masks.
 //
 // A warp keeps 16 rows and streams tiles of the other side past them. Two products do everything:
 //
@@ -10,9 +11,9 @@
 //     dQ         q, dout    k, v        S = q k^T      dP = dout v^T      dQ += dS k
 //     dK, dV     k, v       q, dout     S^T = k q^T    dP^T = v dout^T    dV += P^T dout    dK += dS^T q
 //
-// A tile is (rows, HS) of bf16 in chunks of 16 bytes. Chunk c of row r lies at place c ^ (r % 8) of its row: the 8
-// rows that a phase of ldmatrix reads at one chunk, and the 8 rows of a store of fragments, then fall on 8 different
-// groups of 4 banks, all 32 of them.
+// A tile is (rows, HS) of bf16 in chunks of 16 bytes. Chunk c of row r lies at place c ^ (r % 8) of its row:
+// the 8 rows that a phase of ldmatrix reads at one chunk, and the 8 rows of a store of fragments, then fall
+// on 8 different groups of 4 banks, all 32 of them.
 //
 //     row 0:  0 1 2 3 4 5 6 7     row 1:  1 0 3 2 5 4 7 6     row 2:  2 3 0 1 6 7 4 5     ...     (HS 64)
 //
@@ -26,9 +27,10 @@ typedef __nv_bfloat16 bf16;
 // ----------------------------------------------------------------------------
 // sizes
 //
-// Chosen by counting, not yet measured. A warp's 16 rows need for every m16n8k16 product 256 bytes of a tile, 2
-// cycles of shared memory; mma.sync takes about 1.6 on Hopper: the rows must stay in registers, but more than 16 would
-// gain little. Registers of a lane, of which 65536 / (32 warps blocks) are there:
+// Chosen by counting, not yet measured. Every m16n8k16 product of a warp reads 256 bytes of a tile, 2 cycles
+// of shared memory; the tensor cores take 1 at their peak and, by mma.sync, about 1.6 on Hopper: the
+// fragments of the rows must not be read again and again as well. (A warp of 32 rows would halve the reads,
+// and double the registers.) Registers of a lane, of which 65536 / (32 warps blocks), at most 255, are there:
 //
 //     kernel    HS   output  S, dP  rows   sum   there   shared memory of a block
 //     forward    64      32     32    16    80     128   16 KB q + 2 x 16 KB k, v            =  48 KB
@@ -38,7 +40,9 @@ typedef __nv_bfloat16 bf16;
 //     dK, dV     64      64     64    32   160     255   16 KB k, v + 2 x (16 + 0.75) KB     =  49.5 KB
 //     dK, dV    128     128     32     -   160     255   32 KB + 2 x (16 + 0.375) KB         =  64.75 KB
 //
-// dK, dV at 128 would not fit with its rows (64): it reads their fragments again for every tile.
+// dK, dV at 128 would not fit with its rows (64): it reads their fragments again for every tile, a quarter
+// more of shared memory. Addresses take the rest: nvcc 13.0 uses 128, 221, 168, 243, 231, 254 for sm_90a, and
+// spills 16 bytes in the first and 24 in the third.
 
 typedef struct {
     int warps;       // of a block, 16 rows each
@@ -62,8 +66,8 @@ __host__ __device__ static constexpr KernelSizes sizes_of(int kernel, int HS) {
 __host__ __device__ static constexpr int rows_of(const KernelSizes& s) { return 16 * s.warps; }
 __host__ __device__ static constexpr int threads_of(const KernelSizes& s) { return WARP * s.warps; }
 
-// Bytes: `kept` tiles of the block's rows, then the stages. What the dK, dV kernel streams with a row of q is its
-// lse, its delta and its document's start: 12 bytes.
+// Bytes: `kept` tiles of the block's rows, then the stages. What the dK, dV kernel streams with a row of q is
+// its lse, its delta and its document's start: 12 bytes.
 __host__ __device__ static constexpr int stage_bytes(int kernel, int HS) {
     int columns = sizes_of(kernel, HS).columns;
     return 2 * columns * HS * (int)sizeof(bf16) + (kernel == ATTENTION_DKV ? 12 * columns : 0);
@@ -90,7 +94,8 @@ typedef struct {
     int tile, head, b;
 } BlockPlace;
 
-// Tiles of a head are neighbours, so that they find its keys in the second-level cache; blocks start in this order.
+// Tiles of a head are neighbours, so that they find its keys in the second-level cache; blocks start in this
+// order.
 static __device__ inline BlockPlace block_place(int tiles, int heads) {
     int block = (int)blockIdx.x;
     BlockPlace place = {block % tiles, block / tiles % heads, block / tiles / heads};
@@ -122,7 +127,8 @@ template <int HS> static __device__ inline int tile_at(int row, int chunk) {
     return row * HS + (chunk ^ (row & 7)) * 8;
 }
 
-// Starts the copy of rows first .. first + ROWS - 1 of a sequence of T into a tile; those beyond T become zero.
+// Starts the copy of rows first .. first + ROWS - 1 of a sequence of T into a tile; those beyond T become
+// zero.
 template <int HS, int ROWS, int THREADS>
 static __device__ inline void load_tile(bf16* tile, const bf16* rows, int stride, int first, int T) {
     constexpr int CHUNKS = HS / 8, STEP = THREADS / CHUNKS;
@@ -144,8 +150,8 @@ static __device__ inline void load_stage(bf16* stage, const bf16* x, int x_strid
     load_tile<HS, ROWS, THREADS>(stage + ROWS * HS, y, y_stride, first, T);
 }
 
-// Writes a warp's accumulators (16, HS), times a factor for each of a lane's two rows, to `rows` rows of out. They go
-// through 16 rows of shared memory that no other warp reads, so that every store is 16 bytes.
+// Writes a warp's accumulators (16, HS), times a factor for each of a lane's two rows, to `rows` rows of out.
+// They go through 16 rows of shared memory that no other warp reads, so that every store is 16 bytes.
 template <int HS>
 static __device__ inline void store_rows(bf16* out, int stride, int rows, bf16* tile,
                                          const float o[HS / 8][4], float factor0, float factor8) {
@@ -161,7 +167,8 @@ static __device__ inline void store_rows(bf16* out, int stride, int rows, bf16* 
     __syncwarp();
     for (int i = (int)threadIdx.x % WARP; i < 16 * HS / 8; i += WARP) {
         int r = i / (HS / 8), chunk = i % (HS / 8);
-        if (r < rows) store_vec(out + (size_t)r * (size_t)stride + chunk * 8, load_vec(tile + tile_at<HS>(r, chunk)));
+        if (r < rows)
+            store_vec(out + (size_t)r * (size_t)stride + chunk * 8, load_vec(tile + tile_at<HS>(r, chunk)));
     }
 }
 

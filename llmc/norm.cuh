@@ -13,6 +13,7 @@
 // Chosen by counting, not yet measured: a warp has a row of 768 in three loads a lane; rows wait for one
 // another nowhere, so many small blocks hide what memory takes.
 enum { NORM_WARPS = 4, NORM_PARTS = 512, NORM_MAX_THREADS = 1024, NORM_MAX_VECS = 4 };
+enum { NORM_MAX_COLUMNS = NORM_MAX_THREADS * NORM_MAX_VECS * VEC };
 
 // ----------------------------------------------------------------------------
 // forward: a warp has a row; it is read from memory once, and again from the cache
@@ -191,7 +192,7 @@ static inline void norm_backward(floatX* dinp, Grad* dweight, Grad* dbias, float
     int parts = N < NORM_PARTS ? N : NORM_PARTS, vecs = C / VEC;
     int threads = (int)ceil_div((size_t)vecs, WARP) * WARP;
     threads = threads < NORM_MAX_THREADS ? threads : NORM_MAX_THREADS;
-    CHECK(vecs <= NORM_MAX_VECS * NORM_MAX_THREADS);
+    CHECK(C <= NORM_MAX_COLUMNS);
     auto kernel = vecs <= threads       ? norm_backward_kernel<1>
                   : vecs <= 2 * threads ? norm_backward_kernel<2>
                                         : norm_backward_kernel<NORM_MAX_VECS>;

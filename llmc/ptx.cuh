@@ -12,8 +12,8 @@
 //   g+8 |   a[1]   |   a[3]   |  2t+8,+9|    b1    |               g+8 |  c[2]    c[3]  |
 //       +----------+----------+         +----------+                   +----------------+
 //
-// So two neighbouring C's, rounded to bf16 in pairs, are an A: a product goes into the next one without leaving
-// the registers.
+// So two neighbouring C's, rounded to bf16 in pairs, are an A: a product goes into the next one without
+// leaving the registers.
 #pragma once
 #include "llmc/cuda_common.cuh" // defines: WARP
 
@@ -115,8 +115,8 @@ static __device__ inline void mma_bf16(float c[4], const uint32_t a[4], uint32_t
 #endif
 }
 
-// Four 8 x 8 matrices of bf16. Lane l names the 16 bytes of row l % 8 of matrix l / 8; d[i] of lane (g, t) is of
-// matrix i
+// Four 8 x 8 matrices of bf16. Lane l names the 16 bytes of row l % 8 of matrix l / 8; d[i] of lane (g, t) is
+// of matrix i
 //     row g, columns 2t and 2t + 1            (ldmatrix_x4)
 //     column g, rows 2t and 2t + 1            (ldmatrix_x4_trans: the fragment of the transposed matrix)
 static __device__ inline void ldmatrix_x4(uint32_t d[4], const void* row) {
@@ -149,8 +149,9 @@ static __device__ inline void ldmatrix_x4_trans(uint32_t d[4], const void* row) 
 }
 
 // ----------------------------------------------------------------------------
-// asynchronous copies from global to shared memory. A thread's copies since its last commit are a group; after
-// cp_async_wait<N> all but its N newest groups are there, for that thread: the others need a barrier as well.
+// asynchronous copies from global to shared memory. A thread's copies since its last commit are a group;
+// after cp_async_wait<N> all but its N newest groups are there, for that thread: the others need a barrier as
+// well.
 
 // BYTES (4 or 16, both addresses multiples of it) are copied, or set to zero where `from` is not to be read.
 template <int BYTES>

@@ -7,9 +7,9 @@
 set -eu
 
 build="gcc make libc6-dev libcjson-dev libxxhash-dev libpcre2-dev zlib1g-dev libzstd-dev libdnnl-dev python3"
-test="libcmocka-dev strace"
+test="libcmocka-dev strace g++ libboost-context-dev"
 hf="python3-torch python3-numpy python3-venv"
-ci="g++ clang libclang-rt-14-dev libomp-dev clang-format cppcheck git"
+ci="clang libclang-rt-14-dev libomp-dev clang-format cppcheck git"
 
 case ${1:-build} in
 build) wanted=$build ;;

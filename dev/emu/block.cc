@@ -270,7 +270,7 @@ static void complete(unsigned warp, Meeting* m) {
         t->held = m;
         t->joined = NULL;
     }
-    if (emu_checker != NULL) emu_checker->meeting(warp, m->arrived);
+    if (emu_checker != NULL && strcmp(m->operation, "__syncwarp") == 0) emu_checker->syncwarp(warp, m->arrived);
 }
 
 static void release(Thread* self, Warp* w, unsigned lane) {

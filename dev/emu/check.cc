@@ -3,12 +3,12 @@
 //
 //   - a read of shared memory that nobody of the block has written
 //   - a write and another access to the same bytes, in shared or global memory, by two threads that nothing orders:
-//     no __syncthreads between them, nor, within a warp, a warp operation of both; threads of different blocks are
-//     never ordered. Atomics are ordered among each other.
+//     no __syncthreads between them, nor, within a warp, a __syncwarp of both (a shuffle or a vote orders no memory);
+//     threads of different blocks are never ordered. Atomics are ordered among each other.
 //   - an access outside of live allocations; the host's access to memory of the device
 //
-// Order is kept as numbers: a block counts its barriers (epoch); every thread has a clock that a warp operation moves
-// on, and knows up to which clock it has heard of each lane of its warp.
+// Order is kept as numbers: a block counts its barriers (epoch); every thread has a clock that __syncwarp moves on
+// and knows up to which clock it has heard of each lane of its warp.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -74,7 +74,7 @@ static void begin_block(size_t block) {
 
 static void barrier(void) { now.epoch++; }
 
-static void meeting(unsigned warp, unsigned lanes) {
+static void syncwarp(unsigned warp, unsigned lanes) {
     unsigned joined[WARP] = {0}, latest = 0;
     for (unsigned lane = 0; lane < WARP; lane++) {
         if (!(lanes >> lane & 1)) continue;
@@ -265,7 +265,7 @@ static void access(const void* address, size_t bytes, Access kind, const void* f
 
 static void atomic(const void* address, size_t bytes, const void* site) { access(address, bytes, UPDATE, site); }
 
-static const EmuChecker checker = {begin_launch, open_shared, begin_block, end_launch, barrier, meeting, atomic, freed};
+static const EmuChecker checker = {begin_launch, open_shared, begin_block, end_launch, barrier, syncwarp, atomic, freed};
 const EmuChecker* emu_checker = &checker;
 
 // ----------------------------------------------------------------------------

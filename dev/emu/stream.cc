@@ -13,7 +13,8 @@
 struct Operation {
     std::function<void()> work;                       // empty: only orders others
     std::vector<std::shared_ptr<Operation>> after;    // in other streams
-    std::shared_ptr<EmuGraph> graph;                  // recorded by this capture, and never done
+    bool captured;                                    // part of a graph, and never done by itself
+    std::weak_ptr<EmuGraph> capture;                  // the recording, while it lasts
     unsigned long number;                             // of all operations
     bool done;
 };
@@ -137,7 +138,7 @@ static EmuStream* capturing_stream(void) {
 }
 
 static cudaError_t invalidate(const std::shared_ptr<EmuGraph>& graph, cudaError_t error) {
-    graph->invalid = true;
+    if (graph != nullptr) graph->invalid = true;
     return emu_error(error);
 }
 
@@ -155,7 +156,8 @@ static OperationRef append(EmuStream* stream, std::function<void()> work, cudaEr
     else if (stream->capture != nullptr && stream->capture->invalid)
         *error = emu_error(cudaErrorStreamCaptureInvalidated);
     if (*error != cudaSuccess) return NULL;
-    OperationRef op(new Operation{std::move(work), stream->pending_waits, stream->capture, ++operations, false});
+    OperationRef op(new Operation{std::move(work), stream->pending_waits, stream->capture != nullptr, stream->capture,
+                                  ++operations, false});
     stream->pending_waits.clear();
     if (stream->capture == nullptr) {
         stream->queue.push_back(op);
@@ -370,9 +372,11 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned
     if (event == NULL || stream == NULL) return emu_error(cudaErrorInvalidResourceHandle);
     const OperationRef& op = event->recorded;
     if (op == nullptr) return cudaSuccess; // nothing to wait for
-    if (op->graph != nullptr) {            // joins the capture that the event was recorded in
-        if (stream->capture == nullptr && stream != &default_stream) stream->capture = op->graph;
-        if (stream->capture != op->graph) return invalidate(op->graph, cudaErrorStreamCaptureIsolation);
+    if (op->captured) {                    // joins the capture that the event was recorded in
+        std::shared_ptr<EmuGraph> capture = op->capture.lock();
+        if (capture == nullptr) return emu_error(cudaErrorInvalidValue); // it has ended
+        if (stream->capture == nullptr && stream != &default_stream) stream->capture = capture;
+        if (stream->capture != capture) return invalidate(capture, cudaErrorStreamCaptureIsolation);
     } else if (stream->capture != nullptr) {
         return invalidate(stream->capture, cudaErrorStreamCaptureIsolation);
     }
@@ -383,14 +387,14 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned
 cudaError_t cudaEventQuery(cudaEvent_t event) {
     if (event == NULL) return emu_error(cudaErrorInvalidResourceHandle);
     if (event->recorded == nullptr || event->recorded->done) return cudaSuccess;
-    if (event->recorded->graph != nullptr) return invalidate(event->recorded->graph, cudaErrorCapturedEvent);
+    if (event->recorded->captured) return invalidate(event->recorded->capture.lock(), cudaErrorCapturedEvent);
     return query(stream_with(event->recorded), event->recorded);
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
     if (event == NULL) return emu_error(cudaErrorInvalidResourceHandle);
     if (event->recorded == nullptr || event->recorded->done) return cudaSuccess;
-    if (event->recorded->graph != nullptr) return invalidate(event->recorded->graph, cudaErrorCapturedEvent);
+    if (event->recorded->captured) return invalidate(event->recorded->capture.lock(), cudaErrorCapturedEvent);
     wait_for(stream_with(event->recorded), OperationRef(event->recorded));
     return cudaSuccess;
 }

@@ -1,5 +1,5 @@
-// Attention against the CPU reference: the tensor-core kernels, the general ones, and decoding. The yardstick is the
-// unfused formula, each of its arrays (S, P, out; dP, dS, dqkv) rounded to floatX once it is computed.
+// Attention against the CPU reference: the tensor-core kernels, the general ones, and decoding. The yardstick
+// is the unfused formula, each of its arrays (S, P, out; dP, dS, dqkv) rounded to floatX once it is computed.
 #pragma once
 #include "dev/test/cuda_harness.cuh" // defines: cpu, judge, tap_check, random_values, to_device, to_host ...
 #include "llmc/attention.cuh"        // defines: attention_forward, attention_backward, attention_decode
@@ -59,7 +59,8 @@ static int* document_starts(const AttentionCase& c) {
     return starts;
 }
 
-// What a forward and backward pass leave. qkv and dqkv (B, T, (NH + 2 NKV) * HS), out (B, T, NH*HS), lse (B, NH, T)
+// What a forward and backward pass leave. qkv and dqkv (B, T, (NH + 2 NKV) * HS), out (B, T, NH*HS), lse (B,
+// NH, T)
 struct AttentionArrays {
     double *out, *lse, *dqkv;
 };
@@ -108,8 +109,8 @@ static void plain_add(float* sum, double weight, const double* x, size_t n) {
     for (size_t i = 0; i < n; i++) sum[i] += (float)weight * (float)x[i];
 }
 
-// One query row of one head: all of the forward pass, and the row's part in the backward pass. q, k, v, dout: rows,
-// those of keys `row` apart; dq (HS), dk and dv (T, HS) +=
+// One query row of one head: all of the forward pass, and the row's part in the backward pass. q, k, v, dout:
+// rows, those of keys `row` apart; dq (HS), dk and dv (T, HS) +=
 static void plain_row(double* out, double* lse, float* dq, float* dk, float* dv, const double* q,
                       const double* k, const double* v, const double* dout, const AttentionSizes& n,
                       size_t begin, size_t end) {
@@ -214,8 +215,8 @@ static void judge_attention(const char* name, const AttentionCase& c, const Devi
     snprintf(what + used, sizeof what - used, "lse");
     judge(what, to_host(ours.lse, n.lse), plain.lse, truth.lse, n.lse);
 
-    // the parts of dqkv apart, dv being much larger than dq and dk; those are 0 where a row sees only itself, and
-    // what is left of their terms is small beside dv
+    // the parts of dqkv apart, dv being much larger than dq and dk; those are 0 where a row sees only itself,
+    // and what is left of their terms is small beside dv
     bool alone = c.T == 1 || c.documents == A_TOKEN_EACH;
     const char* const parts[] = {alone ? "dq, dk, dv" : "dq", "dk", "dv"};
     size_t ends[] = {0, n.out_row, n.out_row + (size_t)c.NKV * n.HS, n.row};

@@ -3,6 +3,7 @@
 #pragma once
 #include <stdarg.h>
 #include <stdint.h>
+#include <string>
 #include <vector>
 
 #include "llmc/bf16.h"   // defines: bf16_from_float, float_from_bf16
@@ -11,6 +12,8 @@
 #include "llmc/rand.h"          // defines: random_uniform
 #include "llmc/rope.h"          // defines: rope_table
 #include <omp.h>
+
+typedef std::vector<double> Array;
 
 #define REAL double
 namespace cpu {

@@ -5,13 +5,9 @@
 // it is computed; in fp32 the reference compiled in fp32. The trainer may be at most twice as far from the fp64
 // result as that is.
 #pragma once
-#include <string>
-#include <vector>
-
 #include "dev/test/cuda_harness.cuh" // defines: cpu, judge, tap_check, round_to_floatX
 #include "dev/test/reference.h"      // defines: Reference, reference_gradients ...
 
-typedef std::vector<double> Array;
 static const bool FP32_BUILD = sizeof(floatX) == sizeof(float);
 
 // ----------------------------------------------------------------------------

@@ -122,6 +122,14 @@ __global__ void half_syncwarp(float* x, bool fixed) { // the halves of the warp 
     x[threadIdx.x] = a[threadIdx.x ^ 16];
 }
 
+__global__ void shuffle_no_fence(float* x, bool fixed) { // a shuffle brings lanes together, not their writes
+    __shared__ float a[64];
+    a[threadIdx.x] = 1;
+    if (fixed) __syncwarp();
+    float sum = __shfl_xor_sync(0xFFFFFFFFu, a[threadIdx.x], 1);
+    x[threadIdx.x] = sum + a[threadIdx.x ^ 1];
+}
+
 __global__ void two_writers(float* x, bool fixed) {
     __shared__ float a;
     if (fixed ? threadIdx.x == 0 : threadIdx.x % 32 == 0) a = (float)threadIdx.x;
@@ -280,6 +288,7 @@ static const struct {
             {"no_second_barrier", no_second_barrier, NULL, 1},
             {"no_syncwarp", no_syncwarp, NULL, 1},
             {"half_syncwarp", half_syncwarp, NULL, 1},
+            {"shuffle_no_fence", shuffle_no_fence, NULL, 1},
             {"two_writers", two_writers, NULL, 1},
             {"write_after_reads", write_after_reads, NULL, 1},
             {"two_blocks", two_blocks, NULL, 2},
@@ -300,6 +309,7 @@ int main(int argc, char** argv) {
         float* x;
         cudaMalloc(&x, bug.blocks * 64 * sizeof(float));
         cudaMemset(x, 0, bug.blocks * 64 * sizeof(float));
+        cudaDeviceSynchronize(); // streams that do not wait for the default stream come next
         if (bug.kernel != NULL)
             bug.kernel<<<bug.blocks, 64, 64 * sizeof(float)>>>(x, fixed);
         else
