@@ -600,8 +600,8 @@ template <typename Grad, typename Moment>
 static void update_launch(GPT* g, const RunConfig* run, double num_targets) {
     size_t n = g->layout.num_parameters;
     global_norm_squared(g->norm_partials, (const Grad*)g->grads, n, g->stream);
-    update_control(g->control, g->norm_partials, num_targets, run->optimizer.grad_clip, run->optimizer.beta1,
-                   run->optimizer.beta2, g->stream);
+    update_control(g->control, g->norm_partials, norm_parts<Grad>(n), num_targets, run->optimizer.grad_clip,
+                   run->optimizer.beta1, run->optimizer.beta2, g->stream);
     CUDA_CHECK(cudaStreamWaitEvent(g->stream, g->snapshot_done, 0)); // weights may still be being copied
     adamw_update(g->params, g->remainder, (Grad*)g->grads, (Moment*)g->m, (Moment*)g->v, &g->layout, run,
                  g->control, g->stream);
@@ -989,8 +989,8 @@ static bool check_sizes(const ModelConfig* c, Error* err) {
                 "use train_gpt_cpu",
                 sizes[i].key, sizes[i].value, PROGRAM_NAME);
     if (c->hidden_size > NORM_MAX_COLUMNS)
-        return fail(err, EXIT_CONFIG, "hidden_size (n_embd) is %d: %s has norms for at most %d", c->hidden_size,
-                    PROGRAM_NAME, NORM_MAX_COLUMNS);
+        return fail(err, EXIT_CONFIG, "hidden_size (n_embd) is %d: %s has norms for at most %d",
+                    c->hidden_size, PROGRAM_NAME, NORM_MAX_COLUMNS);
     if (c->head_dim <= ATTENTION_MAX_HEAD) return true;
     return fail(err, EXIT_CONFIG, "head_dim is %d: %s has attention for at most %d", c->head_dim,
                 PROGRAM_NAME, ATTENTION_MAX_HEAD);

@@ -39,10 +39,10 @@ static inline void step_control_begin(StepControl* control, double lr, uint64_t 
 
 // The guard is guard_accepts of llmc/guard.h: a test on isfinite, as every comparison with a NaN is false.
 static __global__ void __launch_bounds__(NORM_THREADS)
-    update_control_kernel(StepControl* control, const double* partials, double num_targets, double grad_clip,
-                          double beta1, double beta2) {
+    update_control_kernel(StepControl* control, const double* partials, int num_partials, double num_targets,
+                          double grad_clip, double beta1, double beta2) {
     double square = 0;
-    for (int i = (int)threadIdx.x; i < NORM_PARTIALS; i += NORM_THREADS) square += partials[i];
+    for (int i = (int)threadIdx.x; i < num_partials; i += NORM_THREADS) square += partials[i];
     square = block_sum<NORM_THREADS>(square);
     if (threadIdx.x != 0) return;
     double norm = sqrt(square), loss = control->loss_sum / num_targets;
@@ -56,10 +56,11 @@ static __global__ void __launch_bounds__(NORM_THREADS)
 }
 
 // From the sums of losses and squares to what adamw_update does. One block.
-static inline void update_control(StepControl* control, const double* partials, double num_targets,
-                                  double grad_clip, double beta1, double beta2, cudaStream_t stream) {
-    update_control_kernel<<<1, NORM_THREADS, 0, stream>>>(control, partials, num_targets, grad_clip, beta1,
-                                                          beta2);
+static inline void update_control(StepControl* control, const double* partials, int num_partials,
+                                  double num_targets, double grad_clip, double beta1, double beta2,
+                                  cudaStream_t stream) {
+    update_control_kernel<<<1, NORM_THREADS, 0, stream>>>(control, partials, num_partials, num_targets,
+                                                          grad_clip, beta1, beta2);
     LAUNCH_CHECK();
 }
 

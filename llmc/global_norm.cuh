@@ -19,7 +19,7 @@ static __global__ void __launch_bounds__(NORM_THREADS)
     const int SIZE = Vec<Grad>::SIZE;
     double mine = 0;
     size_t i = ((size_t)blockIdx.x * NORM_THREADS + threadIdx.x) * SIZE;
-    for (; i < n; i += (size_t)NORM_PARTIALS * NORM_THREADS * SIZE) {
+    for (; i < n; i += (size_t)gridDim.x * NORM_THREADS * SIZE) {
         Vec<Grad> g = load_vec(grads + i);
         for (int k = 0; k < SIZE; k++) mine += (double)to_float(g.at[k]) * (double)to_float(g.at[k]);
     }
@@ -33,9 +33,16 @@ static inline void add_sum(double* sum, const float* x, int n, cudaStream_t stre
     LAUNCH_CHECK();
 }
 
-// partials (NORM_PARTIALS) =; their sum is the sum of the squares of grads (n, a multiple of 8)
+// How many partial sums the norm of n gradients has: a function of n alone, so that the same sums come out of
+// every card.
+template <typename Grad> static inline int norm_parts(size_t n) {
+    size_t blocks = ceil_div(n, (size_t)NORM_THREADS * Vec<Grad>::SIZE);
+    return blocks < NORM_PARTIALS ? (int)blocks : NORM_PARTIALS;
+}
+
+// partials (norm_parts<Grad>(n)) =; their sum is the sum of the squares of grads (n, a multiple of 8)
 template <typename Grad>
 static inline void global_norm_squared(double* partials, const Grad* grads, size_t n, cudaStream_t stream) {
-    norm_squared_kernel<<<NORM_PARTIALS, NORM_THREADS, 0, stream>>>(partials, grads, n);
+    norm_squared_kernel<<<(unsigned)norm_parts<Grad>(n), NORM_THREADS, 0, stream>>>(partials, grads, n);
     LAUNCH_CHECK();
 }

@@ -7,7 +7,7 @@
 //     threads of different blocks are never ordered. Atomics are ordered among each other.
 //   - an access outside of live allocations; the host's access to memory of the device
 //
-// Order is kept as numbers: a block counts its barriers (epoch); every thread has a clock that __syncwarp moves on
+// Order is kept as numbers: a block counts its barriers (epoch); every thread has a clock that __syncwarp moves on,
 // and knows up to which clock it has heard of each lane of its warp.
 #include <sys/mman.h>
 #include <unistd.h>

@@ -115,7 +115,12 @@ template <typename X> static double* to_host(const X* device, size_t n) {
     std::vector<X> host(n);
     CUDA_CHECK(cudaDeviceSynchronize());
     CUDA_CHECK(cudaMemcpy(host.data(), device, n * sizeof(X), cudaMemcpyDeviceToHost));
-    for (size_t i = 0; i < n; i++) out[i] = (double)to_float(host[i]);
+    for (size_t i = 0; i < n; i++) {
+        if constexpr (std::is_same_v<X, double>)
+            out[i] = host[i];
+        else
+            out[i] = (double)to_float(host[i]);
+    }
     return out;
 }
 
