@@ -50,9 +50,9 @@ E2E      := $(wildcard dev/test/e2e_*.sh)
 BENCH    := $(patsubst dev/bench/%.c,$(BUILD)/bench/%,$(wildcard dev/bench/bench_*.c))
 FUZZ     := $(patsubst dev/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard dev/fuzz/fuzz_*.c))
 HEADERS  := $(wildcard llmc/*.h)
-EMULATOR := $(wildcard $(addprefix dev/emu/,* include/*.h include/*/*.h))
+EMULATOR := $(wildcard $(addprefix dev/emu/,* include/*.h include/*/*.h)) llmc/bf16.h llmc/tile_cpu.h
 SOURCES  := $(wildcard *.c *.cu llmc/*.h llmc/*.cuh $(addprefix dev/*/*.,c h cu cuh)) \
-            $(filter %.h %.cc,$(EMULATOR))
+            $(filter dev/emu/%.h dev/emu/%.cc,$(EMULATOR))
 
 # One short line for each compiler call; V=1 shows the whole.
 Q = $(if $(V),,@echo '  $(1) $@' &&)
@@ -112,7 +112,7 @@ GPU_PROGRAMS := $(addprefix $(BIN)/,train_gpt train_gpt_fp32)
 GPU_TESTS    := $(addprefix $(BIN)/,test_gpt2 test_gpt2_fp32)
 GPU_BENCH    := $(BUILD)/bench/bench_gpu
 GPU          := $(GPU_PROGRAMS) $(GPU_TESTS) $(GPU_BENCH)
-gpu: $(GPU) ## build all that runs on a GPU, tests and benchmarks too (GPU_ARCH=90a: faster)
+gpu: $(if $(NO_GPU),no-gpu,$(GPU)) ## build all that runs on a GPU, tests and benchmarks too (GPU_ARCH=90a: faster)
 all: $(if $(NO_GPU),no-gpu,$(GPU_PROGRAMS))
 no-gpu:
 	@echo '  not built: train_gpt, train_gpt_fp32: $(NO_GPU)'
@@ -128,10 +128,11 @@ $(GPU): $(BUILD)/gpu_flags
 REFERENCES := $(BUILD)/reference.o $(BUILD)/reference32.o
 $(REFERENCES): dev/test/reference.c $(BUILD)/flags
 	$(COMPILE) $(if $(findstring 32,$@),,-DREAL=double) -c -o $@ $<
+	@objcopy --wildcard -G 'reference*' $@ # both are the same program
 
 # The same programs on the CPU, by dev/emu: fast, under ASan and UBSan, or with every access of a kernel followed.
 EMU_fast  := -O2 -march=native
-EMU_asan  := -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+EMU_asan  := -O1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -Wno-format-truncation
 EMU_races := -O1
 EMU_FLAGS := -g -fopenmp $(WARNINGS) -DUSE_NCCL
 kind      = $(notdir $(@D))

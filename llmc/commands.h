@@ -164,6 +164,7 @@ static inline bool command_plan(Trainer* t, const char* argument, Error* err) {
     if (plan.memory_limit != 0 && memory_needed(run, true) > plan.memory_limit)
         memory_advice(run, plan.memory_limit, &advice);
     plan.memory_advice = advice.data;
+    plan.peak_flops = gpt_peak_flops();
     gpt_measure(run, &plan.matmul_rate, &plan.copy_rate);
     // a plan is made before there are data, too: without them it says nothing about epochs
     Error no_data = {0, {0}};

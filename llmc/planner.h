@@ -16,6 +16,7 @@ typedef struct {
     const MemoryLine* memory;
     uint64_t memory_limit;     // bytes; 0: not known
     const char* memory_advice; // what would make it fit; NULL: it fits, or nothing would
+    double peak_flops;         // the device's, from its data sheet; 0: not known
     double matmul_rate;        // FLOP/s, measured; 0: not known
     double copy_rate;          // bytes/s read and written, measured
     uint64_t train_tokens;     // 0: no data yet
@@ -54,13 +55,16 @@ static inline void plan_print_model(const RunConfig* run, FILE* out) {
 static inline void plan_print_memory(const Plan* plan, FILE* out) {
     char n[32];
     uint64_t total = 0, there = plan->memory_limit;
+    double parameters = (double)model_num_parameters(&plan->run->model);
     fprintf(out, "memory       every array that training keeps, in bytes\n");
     for (int i = 0; i < plan->num_memory; i++) {
-        fprintf(out, "  %-18s %20s\n", plan->memory[i].name, with_commas(n, plan->memory[i].bytes));
-        total += plan->memory[i].bytes;
+        uint64_t bytes = plan->memory[i].bytes;
+        fprintf(out, "  %-18s %20s   %.2f a parameter\n", plan->memory[i].name, with_commas(n, bytes),
+                (double)bytes / parameters);
+        total += bytes;
     }
-    fprintf(out, "  %-18s %20s   %.2f GB, %.1f bytes a parameter; ", "total", with_commas(n, total),
-            (double)total / 1e9, (double)total / (double)model_num_parameters(&plan->run->model));
+    fprintf(out, "  %-18s %20s   %.2f a parameter, %.2f GB; ", "total", with_commas(n, total),
+            (double)total / parameters, (double)total / 1e9);
     if (there == 0)
         fprintf(out, "what there is for it is not known here\n");
     else
@@ -93,6 +97,14 @@ static inline void plan_print_time(const Plan* plan, FILE* out) {
         "time         about %s a step, %.0f tokens/s, %s in all: an estimate from a matmul at %.0f GFLOP/s\n"
         "             and a copy at %.1f GB/s, measured now\n",
         step, tokens / seconds, whole, plan->matmul_rate / 1e9, plan->copy_rate / 1e9);
+    if (plan->peak_flops <= 0) return;
+    int T = plan->run->batch.sequence_length;
+    fprintf(out,
+            "             utilisation of the data sheet's %.1f TFLOP/s: %.1f %% counting causal attention, "
+            "%.1f %% by PaLM's\n             convention\n",
+            plan->peak_flops / 1e12,
+            100 * tokens / seconds * flops_per_token(&plan->run->model, T, FLOPS_CAUSAL) / plan->peak_flops,
+            100 * tokens / seconds * flops_per_token(&plan->run->model, T, FLOPS_PALM) / plan->peak_flops);
 }
 
 static inline void plan_print(const Plan* plan, FILE* out) {

@@ -1,8 +1,8 @@
 // Runs kernels: blocks one after the other, a block's threads as fibers on one OS thread.
 //
-// A fiber runs threads one by one until one has to wait (at a barrier or for the lanes of its warp); then another
-// fiber goes on. A kernel that never waits never switches. Which thread goes on is fixed: the lowest that can of the
-// warp that ran last, or, with EMU_SEED, any.
+// A fiber runs threads one by one until one has to wait (at a barrier or for the lanes of its warp); then
+// another fiber goes on. A kernel that never waits never switches. Which thread goes on is fixed: the lowest
+// that can of the warp that ran last, or, with EMU_SEED, any.
 #include <stdarg.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -119,7 +119,8 @@ void emu_report(const char* format, ...) {
     _exit(EMU_EXIT);
 }
 
-// Where every thread of the block is, for a block that cannot go on: one line per place, with its first thread.
+// Where every thread of the block is, for a block that cannot go on: one line per place, with its first
+// thread.
 static void describe_waiting(char* text, size_t size) {
     size_t used = 0;
     for (unsigned i = 0, shown = 0; i < b.num_threads && used < size && shown < 8; i++) {
@@ -150,8 +151,8 @@ static void fiber_main(transfer_t from);
 const char* emu_stacks(size_t* bytes) {
     *bytes = (size_t)MAX_THREADS * (STACK_BYTES + GUARD_BYTES);
     if (b.stacks == NULL) {
-        b.stacks = (char*)mmap(NULL, *bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                               -1, 0);
+        b.stacks = (char*)mmap(NULL, *bytes, PROT_READ | PROT_WRITE,
+                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (b.stacks == MAP_FAILED) emu_report("no memory for stacks");
     }
     return b.stacks;
@@ -169,7 +170,8 @@ static Fiber* take_fiber(void) {
     mprotect(stack, GUARD_BYTES, PROT_NONE); // a stack that overflows is a fault, not a surprise
     fiber = &fibers[b.num_fibers++];
     fiber->stack = stack + GUARD_BYTES;
-    size_t skew = b.num_fibers % 32 * 320; // tops at equal distances of 4 KiB would share a few lines of the caches
+    size_t skew =
+        b.num_fibers % 32 * 320; // tops at equal distances of 4 KiB would share a few lines of the caches
     fiber->context = make_fcontext(fiber->stack + STACK_BYTES - skew, STACK_BYTES - skew, fiber_main);
     return fiber;
 }
@@ -270,7 +272,8 @@ static void complete(unsigned warp, Meeting* m) {
         t->held = m;
         t->joined = NULL;
     }
-    if (emu_checker != NULL && strcmp(m->operation, "__syncwarp") == 0) emu_checker->syncwarp(warp, m->arrived);
+    if (emu_checker != NULL && strcmp(m->operation, "__syncwarp") == 0)
+        emu_checker->syncwarp(warp, m->arrived);
 }
 
 static void release(Thread* self, Warp* w, unsigned lane) {
@@ -281,7 +284,8 @@ static void release(Thread* self, Warp* w, unsigned lane) {
     self->held = NULL;
 }
 
-static Meeting* join(Warp* w, unsigned mask, const char* operation, size_t bytes, const char* file, int line) {
+static Meeting* join(Warp* w, unsigned mask, const char* operation, size_t bytes, const char* file,
+                     int line) {
     unsigned present = w->waiting & mask;
     if (present == 0) {
         Meeting* m = &w->meetings[__builtin_ctzl(~w->used_meetings)];
@@ -294,19 +298,21 @@ static Meeting* join(Warp* w, unsigned mask, const char* operation, size_t bytes
     Meeting* m = threads[warp * WARP + (unsigned)__builtin_ctz(present)].joined;
     if (m->mask != mask || (present & ~m->arrived) != 0 || m->line != line || m->bytes != bytes ||
         !same_text(m->operation, operation) || !same_text(m->file, file))
-        emu_report("%s with mask 0x%08x at %s:%d, while lanes 0x%08x of the warp are at %s with mask 0x%08x, %s:%d",
-                   operation, mask, file, line, m->arrived, m->operation, m->mask, m->file, m->line);
+        emu_report(
+            "%s with mask 0x%08x at %s:%d, while lanes 0x%08x of the warp are at %s with mask 0x%08x, %s:%d",
+            operation, mask, file, line, m->arrived, m->operation, m->mask, m->file, m->line);
     return m;
 }
 
-const void* emu_exchange(unsigned mask, const char* operation, const void* value, size_t bytes, const char* file,
-                         int line) {
+const void* emu_exchange(unsigned mask, const char* operation, const void* value, size_t bytes,
+                         const char* file, int line) {
     if (b.launch == NULL) emu_report("%s outside of a kernel, %s:%d", operation, file, line);
     unsigned warp = b.current / WARP, lane = b.current % WARP;
     Thread* self = &threads[b.current];
     Warp* w = &warps[warp];
     if (!(mask >> lane & 1))
-        emu_report("%s with mask 0x%08x, which lacks the calling lane %u, %s:%d", operation, mask, lane, file, line);
+        emu_report("%s with mask 0x%08x, which lacks the calling lane %u, %s:%d", operation, mask, lane, file,
+                   line);
     release(self, w, lane);
     Meeting* m = join(w, mask, operation, bytes, file, line);
     memcpy(m->values + lane * bytes, value, bytes);
@@ -328,8 +334,8 @@ const void* emu_exchange(unsigned mask, const char* operation, const void* value
 int emu_barrier(int vote, bool predicate, const char* file, int line) {
     if (b.launch == NULL) emu_report("a barrier outside of a kernel, %s:%d", file, line);
     if (b.at_barrier > 0 && (b.barrier_line != line || !same_text(b.barrier_file, file)))
-        emu_report("divergent barriers: at %s:%d, while %u of %u threads wait at %s:%d", file, line, b.at_barrier,
-                   b.num_threads, b.barrier_file, b.barrier_line);
+        emu_report("divergent barriers: at %s:%d, while %u of %u threads wait at %s:%d", file, line,
+                   b.at_barrier, b.num_threads, b.barrier_file, b.barrier_line);
     if (b.exited > 0)
         emu_report("divergent barrier: %u of %u threads have returned without reaching %s:%d", b.exited,
                    b.num_threads, file, line);
@@ -393,7 +399,8 @@ static void open_array(size_t begin, size_t bytes) {
 
 // What the last block left there is nothing that the next may find.
 static void clear_arrays(void) {
-    for (unsigned i = 0; i < b.num_arrays; i++) memset(emu_arena + b.arrays[i].begin, 0xFF, b.arrays[i].bytes);
+    for (unsigned i = 0; i < b.num_arrays; i++)
+        memset(emu_arena + b.arrays[i].begin, 0xFF, b.arrays[i].bytes);
 }
 
 void* emu_static_shared(EmuPlace* place, size_t bytes, size_t type_alignment, size_t asked_alignment) {
@@ -404,11 +411,12 @@ void* emu_static_shared(EmuPlace* place, size_t bytes, size_t type_alignment, si
     size_t begin = (end + ARENA_GAP + alignment - 1) / alignment * alignment;
     b.static_used += bytes;
     if (b.static_used > EMU_STATIC_LIMIT)
-        emu_report("__shared__ declarations take %zu bytes with %s; the limit is %d", b.static_used, place->name,
-                   EMU_STATIC_LIMIT);
+        emu_report("__shared__ declarations take %zu bytes with %s; the limit is %d", b.static_used,
+                   place->name, EMU_STATIC_LIMIT);
     if (b.static_used + b.launch->shared > emu_dynamic_limit(b.launch->function))
-        emu_report("%zu bytes of static and %zu of dynamic shared memory are more than the launch may have: %zu",
-                   b.static_used, b.launch->shared, emu_dynamic_limit(b.launch->function));
+        emu_report(
+            "%zu bytes of static and %zu of dynamic shared memory are more than the launch may have: %zu",
+            b.static_used, b.launch->shared, emu_dynamic_limit(b.launch->function));
     place->launch = b.launches;
     place->address = emu_arena + begin;
     open_array(begin, bytes);

@@ -1,14 +1,14 @@
-// Follows every load and store of a kernel: the source was compiled with -fsanitize=thread, whose calls end here and
-// not in ThreadSanitizer. Found, exactly, and in whatever order the threads happen to run:
+// Follows every load and store of a kernel: the source was compiled with -fsanitize=thread, whose calls end
+// here and not in ThreadSanitizer. Found, exactly, and in whatever order the threads happen to run:
 //
 //   - a read of shared memory that nobody of the block has written
-//   - a write and another access to the same bytes, in shared or global memory, by two threads that nothing orders:
-//     no __syncthreads between them, nor, within a warp, a __syncwarp of both (a shuffle or a vote orders no memory);
-//     threads of different blocks are never ordered. Atomics are ordered among each other.
+//   - a write and another access to the same bytes, in shared or global memory, by two threads that nothing
+//     orders: no __syncthreads between them, nor, within a warp, a __syncwarp of both (a shuffle or a vote orders
+//     no memory); threads of different blocks are never ordered. Atomics are ordered among each other.
 //   - an access outside of live allocations; the host's access to memory of the device
 //
-// Order is kept as numbers: a block counts its barriers (epoch); every thread has a clock that __syncwarp moves on,
-// and knows up to which clock it has heard of each lane of its warp.
+// Order is kept as numbers: a block counts its barriers (epoch); every thread has a clock that __syncwarp
+// moves on, and knows up to which clock it has heard of each lane of its warp.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -16,8 +16,8 @@
 
 enum { WARP = 32, MAX_THREADS = 1024, ATOMIC = 0x8000 };
 
-// The latest write to a cell, and the latest reads by two different warps: if more warps than two have read it, any
-// writer has one of another warp among these.
+// The latest write to a cell, and the latest reads by two different warps: if more warps than two have read
+// it, any writer has one of another warp among these.
 struct Writer {
     unsigned block, clock, site;
     unsigned short epoch, thread; // thread: with ATOMIC
@@ -27,7 +27,8 @@ struct Readers {
     unsigned short epoch, warp;
 };
 struct Cell {
-    unsigned stamp; // of the block (shared memory) or launch (global) that all of this belongs to; else it is void
+    unsigned
+        stamp; // of the block (shared memory) or launch (global) that all of this belongs to; else it is void
     bool written;
     Writer writer;
     Readers readers[2];
@@ -94,12 +95,15 @@ static void syncwarp(unsigned warp, unsigned lanes) {
 // ----------------------------------------------------------------------------
 // reports
 
-static unsigned site_of(const void* address) { return (unsigned)((const char*)address - &__executable_start); }
+static unsigned site_of(const void* address) {
+    return (unsigned)((const char*)address - &__executable_start);
+}
 
 // "file:line" of a place in the program, the functions it was inlined into behind it.
 static void describe_site(unsigned site, char* text, size_t size) {
     char command[256];
-    snprintf(command, sizeof command, "addr2line -i -e /proc/%d/exe 0x%x 2>/dev/null", (int)getpid(), site - 1);
+    snprintf(command, sizeof command, "addr2line -i -e /proc/%d/exe 0x%x 2>/dev/null", (int)getpid(),
+             site - 1);
     FILE* pipe = popen(command, "r");
     size_t used = 0;
     text[0] = '\0';
@@ -113,7 +117,8 @@ static void describe_site(unsigned site, char* text, size_t size) {
 }
 
 [[noreturn]] static void report_race(const char* verb, const char* before, unsigned block, unsigned thread,
-                                     unsigned site, unsigned earlier_site, const void* address, const char* memory) {
+                                     unsigned site, unsigned earlier_site, const void* address,
+                                     const char* memory) {
     char here[1024], there[1024], by[64];
     describe_site(site, here, sizeof here);
     describe_site(earlier_site, there, sizeof there);
@@ -121,16 +126,19 @@ static void describe_site(unsigned site, char* text, size_t size) {
         snprintf(by, sizeof by, "block %u", block);
     else
         snprintf(by, sizeof by, "thread %u", thread);
-    emu_report("race: %s %s memory at %p that %s has %s with nothing in between to order them\n    here:   %s\n"
-               "    before: %s",
-               verb, memory, address, by, before, here, there);
+    emu_report(
+        "race: %s %s memory at %p that %s has %s with nothing in between to order them\n    here:   %s\n"
+        "    before: %s",
+        verb, memory, address, by, before, here, there);
 }
 
 // ----------------------------------------------------------------------------
 // one cell
 
-// Whether an access at (block, epoch, clock) by a thread is before everything that the current thread does now.
-static inline bool ordered(unsigned block, unsigned epoch, unsigned clock, unsigned thread, unsigned current) {
+// Whether an access at (block, epoch, clock) by a thread is before everything that the current thread does
+// now.
+static inline bool ordered(unsigned block, unsigned epoch, unsigned clock, unsigned thread,
+                           unsigned current) {
     if (block != now.block) return false;
     if (thread == current || epoch != (now.epoch & 0xFFFF)) return true;
     return thread / WARP == current / WARP && known[current][thread % WARP] >= clock;
@@ -168,8 +176,8 @@ static void add_reader(Cell* cell, unsigned current, unsigned site) {
         *free_slot = {now.block, clocks[current], bit, site, (unsigned short)now.epoch, (unsigned short)warp};
 }
 
-static void check_readers(const Cell* cell, unsigned current, const char* verb, unsigned site, const void* address,
-                          const char* memory) {
+static void check_readers(const Cell* cell, unsigned current, const char* verb, unsigned site,
+                          const void* address, const char* memory) {
     for (const Readers& r : cell->readers)
         for (unsigned left = r.lanes; left != 0; left &= left - 1) {
             unsigned thread = r.warp * WARP + (unsigned)__builtin_ctz(left);
@@ -237,15 +245,17 @@ static void access_global(const char* p, size_t bytes, Access kind, unsigned sit
         if (a->shadow == MAP_FAILED) emu_report("no memory to follow an allocation of %zu bytes", a->bytes);
     }
     for (size_t i = 0; i < bytes; i += GLOBAL_CELL)
-        access_cell((Cell*)a->shadow + (size_t)(p + i - a->begin) / GLOBAL_CELL, now.launch, kind, site, p + i,
-                    "global");
+        access_cell((Cell*)a->shadow + (size_t)(p + i - a->begin) / GLOBAL_CELL, now.launch, kind, site,
+                    p + i, "global");
 }
 
 static void freed(EmuAllocation* a) {
     if (a->shadow != NULL) munmap(a->shadow, (a->bytes / GLOBAL_CELL + 1) * sizeof(Cell));
 }
 
-static inline bool within(const char* p, const char* begin, size_t bytes) { return p >= begin && p < begin + bytes; }
+static inline bool within(const char* p, const char* begin, size_t bytes) {
+    return p >= begin && p < begin + bytes;
+}
 
 static void access(const void* address, size_t bytes, Access kind, const void* from) {
     const char* p = (const char*)address;
@@ -253,8 +263,7 @@ static void access(const void* address, size_t bytes, Access kind, const void* f
         if (!emu_in_device_range(p)) return;
         char here[1024];
         describe_site(site_of(from), here, sizeof here);
-        emu_report("the host %s memory of the device at %p\n    here:   %s", doing[kind], address,
-                   here);
+        emu_report("the host %s memory of the device at %p\n    here:   %s", doing[kind], address, here);
     }
     if (within(p, emu_arena, EMU_ARENA_SPACE))
         access_shared(p, bytes, kind, site_of(from));
@@ -263,9 +272,12 @@ static void access(const void* address, size_t bytes, Access kind, const void* f
         access_global(p, bytes, kind, site_of(from));
 }
 
-static void atomic(const void* address, size_t bytes, const void* site) { access(address, bytes, UPDATE, site); }
+static void atomic(const void* address, size_t bytes, const void* site) {
+    access(address, bytes, UPDATE, site);
+}
 
-static const EmuChecker checker = {begin_launch, open_shared, begin_block, end_launch, barrier, syncwarp, atomic, freed};
+static const EmuChecker checker = {begin_launch, open_shared, begin_block, end_launch,
+                                   barrier,      syncwarp,    atomic,      freed};
 const EmuChecker* emu_checker = &checker;
 
 // ----------------------------------------------------------------------------

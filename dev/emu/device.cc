@@ -3,14 +3,19 @@
 //     EMU_MEMORY=bytes    its memory (16 GiB)
 //     EMU_ARCH=70         its compute capability times ten (90); kernels run from 80 on
 //     EMU_NO_DRIVER=1     a machine without a driver; =device: with a driver and without a device
-//     EMU_SEED=n          orders that CUDA leaves open (of threads, blocks, streams) are drawn instead of fixed
+//     EMU_SEED=n          orders that CUDA leaves open (threads, blocks, streams) are drawn, not fixed
 #include <stdlib.h>
 
 #include <map>
 
 #include "emu.h" // defines: EmuDevice
 
-enum { OLDEST_ARCHITECTURE = 80, MULTIPROCESSORS = 132, MAX_THREADS = 1024, THREADS_PER_MULTIPROCESSOR = 2048 };
+enum {
+    OLDEST_ARCHITECTURE = 80,
+    MULTIPROCESSORS = 132,
+    MAX_THREADS = 1024,
+    THREADS_PER_MULTIPROCESSOR = 2048
+};
 enum { SHARED_DEFAULT = 48 << 10, SHARED_PER_MULTIPROCESSOR = 228 << 10, SHARED_RESERVED = 1 << 10 };
 
 static cudaError_t last_error = cudaSuccess;

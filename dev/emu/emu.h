@@ -46,18 +46,19 @@ struct EmuAllocation;
 struct EmuChecker {
     void (*begin_launch)(const void* argument, size_t argument_bytes);
     void (*open_shared)(size_t begin, size_t bytes); // of emu_arena: an array of this launch
-    void (*begin_block)(size_t block); // shared memory counts as unwritten from here on
+    void (*begin_block)(size_t block);               // shared memory counts as unwritten from here on
     void (*end_launch)(void);
     void (*barrier)(void); // all threads of the block have met
-    // These lanes of the warp have met at __syncwarp. Other warp operations promise no order of memory (CUDA C++
-    // Programming Guide, "Warp Shuffle Functions": "do not imply a memory barrier").
+    // These lanes of the warp have met at __syncwarp. Other warp operations promise no order of memory (CUDA
+    // C++ Programming Guide, "Warp Shuffle Functions": "do not imply a memory barrier").
     void (*syncwarp)(unsigned warp, unsigned lanes);
     void (*atomic)(const void* address, size_t bytes, const void* site); // by the current thread
     void (*freed)(EmuAllocation* allocation);
 };
 extern const EmuChecker* emu_checker;
 
-extern char emu_arena[EMU_ARENA_SPACE]; // shared memory: first the dynamic part, then what __shared__ declares
+extern char
+    emu_arena[EMU_ARENA_SPACE];        // shared memory: first the dynamic part, then what __shared__ declares
 const char* emu_stacks(size_t* bytes); // where the fibers' stacks lie
 
 // ----------------------------------------------------------------------------

@@ -16,7 +16,8 @@ static EmuAllocation* last_found;
 
 EmuAllocation* emu_find_allocation(const void* address) {
     const char* p = (const char*)address;
-    if (last_found != NULL && p >= last_found->begin && p < last_found->begin + last_found->bytes) return last_found;
+    if (last_found != NULL && p >= last_found->begin && p < last_found->begin + last_found->bytes)
+        return last_found;
     auto after = allocations.upper_bound(p);
     if (after == allocations.begin()) return NULL;
     EmuAllocation* a = &(--after)->second;
@@ -131,7 +132,8 @@ static cudaError_t check_copy(Place dst, Place src, cudaMemcpyKind kind) {
     return fits ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-cudaError_t cudaMemcpyAsync(void* dst, const void* src, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+cudaError_t cudaMemcpyAsync(void* dst, const void* src, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream) {
     if (emu_need_device() != cudaSuccess) return cudaPeekAtLastError();
     if (bytes == 0) return cudaSuccess;
     Place to = place_of(dst, bytes), from = place_of(src, bytes);
@@ -160,4 +162,6 @@ cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t
     if (place != PLACE_DEVICE && place != PLACE_PINNED) return emu_error(cudaErrorInvalidValue);
     return emu_enqueue(stream, [=] { memset(pointer, value, bytes); });
 }
-cudaError_t cudaMemset(void* pointer, int value, size_t bytes) { return cudaMemsetAsync(pointer, value, bytes, 0); }
+cudaError_t cudaMemset(void* pointer, int value, size_t bytes) {
+    return cudaMemsetAsync(pointer, value, bytes, 0);
+}

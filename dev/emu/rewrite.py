@@ -3,8 +3,8 @@
 
     rewrite.py OUT_DIR SOURCE.cu        (run from the root of the repository)
 
-Writes SOURCE.cu and every .cu, .cuh and .h that it includes by a path from the root into OUT_DIR, under the same
-names. Two things of the language are rewritten, everything else is done by headers:
+Writes SOURCE.cu and every .cu, .cuh and .h that it includes by a path from the root into OUT_DIR, under the
+same names. Two things of the language are rewritten, everything else is done by headers:
 
     k<A><<<grid, block, shared, stream>>>(x);   ->   emu_launch("k<A>", k<A>, grid, block, shared, stream)(x);
     __shared__ float tile[N], sum;              ->   references into the block's shared memory
@@ -19,11 +19,13 @@ import sys
 
 # comments, strings (raw ones too) and characters, in which nothing is code
 OPAQUE = re.compile(
-    r'//(?:\\\n|[^\n])*|/\*.*?\*/|R"([^(]*)\(.*?\)\1"|"(?:\\.|[^"\\\n])*"|(?<![0-9A-Fa-f])\'(?:\\.|[^\'\\\n])+\'',
-    re.DOTALL)
+    r'//(?:\\\n|[^\n])*|/\*.*?\*/'
+    r'|R"([^(]*)\(.*?\)\1"|"(?:\\.|[^"\\\n])*"'
+    r"|(?<![0-9A-Fa-f])'(?:\\.|[^'\\\n])+'", re.DOTALL)
 INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]+"([^"]+)"', re.MULTILINE)
-KERNEL_TEMPLATE = re.compile(r"template\s*<([^;{}()]*)>\s*(?:static\s+|inline\s+)*__global__[^;{]*?\bvoid\b[^;{(]*?"
-                             r"(?:__launch_bounds__\s*\([^()]*(?:\([^()]*\)[^()]*)*\)\s*)?(\w+)\s*\(")
+KERNEL_TEMPLATE = re.compile(
+    r"template\s*<([^;{}()]*)>\s*(?:static\s+|inline\s+)*__global__[^;{]*?\bvoid\b[^;{(]*?"
+    r"(?:__launch_bounds__\s*\([^()]*(?:\([^()]*\)[^()]*)*\)\s*)?(\w+)\s*\(")
 
 
 def blank(text):
@@ -55,7 +57,7 @@ def split_commas(code):
 
 
 def kernel_start(code, end):
-    """The offset at which the kernel's name begins that ends before `end`: name, name<args> or (expression)."""
+    """The offset where the kernel begins that ends before `end`: name, name<args> or (expression)."""
     while code[end - 1].isspace():
         end -= 1
     if code[end - 1] == ")":
@@ -98,7 +100,7 @@ def rewrite_shared(text):
 
 
 def shared_declaration(code, dynamic):
-    """`float a[4], b` as typedefs and references: the type is what stands before the first declarator's name."""
+    """`float a[4], b` as typedefs and references: the type stands before the first declarator's name."""
     newlines, alignment = code.count("\n"), "0"
     code = re.sub(r"[\s\\]+", " ", code)
     for found in re.finditer(r"\b(?:alignas|__align__)\s*(?=\()", code):
@@ -117,8 +119,9 @@ def shared_declaration(code, dynamic):
     base, out = first.group(1).strip(), []
     for text in [first.group(2) + first.group(3)] + declarators[1:]:
         pointer, name, dimensions = re.match(r"\s*([*\s]*)(\w+)\s*((?:\[.*\])?)", text).groups()
+        of_type = f"sizeof(emu_type_{name}), alignof(emu_type_{name})"
         place = "emu_dynamic_shared()" if dynamic else (
-            f"emu_static_shared(&emu_place_{name}, sizeof(emu_type_{name}), alignof(emu_type_{name}), {alignment})")
+            f"emu_static_shared(&emu_place_{name}, {of_type}, {alignment})")
         out.append(f"typedef {base} {pointer}emu_type_{name}{dimensions}; " +
                    ("" if dynamic else f'static EmuPlace emu_place_{name} = {{"{name}", 0, 0}}; ') +
                    f"emu_type_{name}& {name} = *(emu_type_{name}*){place}")

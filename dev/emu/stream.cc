@@ -1,9 +1,9 @@
-// Streams, events and graphs. What is put into a stream runs late: when the host waits for it, and then only that
-// and what it depends on. So a wait that the program forgot shows up: the work it should have waited for has not run.
-// With EMU_SEED, whatever may run by the rules runs in a drawn order instead.
+// Streams, events and graphs. What is put into a stream runs late: when the host waits for it, and then only
+// that and what it depends on. So a wait that the program forgot shows up: the work it should have waited for
+// has not run. With EMU_SEED, whatever may run by the rules runs in a drawn order instead.
 //
-// The rules: a stream's operations run in order; an operation behind cudaStreamWaitEvent waits for the event's
-// recording; the legacy default stream waits for all blocking streams, and they for it.
+// The rules: a stream's operations run in order; an operation behind cudaStreamWaitEvent waits for the
+// event's recording; the legacy default stream waits for all blocking streams, and they for it.
 #include <time.h>
 
 #include <deque>
@@ -11,11 +11,11 @@
 #include "emu.h" // defines: emu_error, emu_random
 
 struct Operation {
-    std::function<void()> work;                       // empty: only orders others
-    std::vector<std::shared_ptr<Operation>> after;    // in other streams
-    bool captured;                                    // part of a graph, and never done by itself
-    std::weak_ptr<EmuGraph> capture;                  // the recording, while it lasts
-    unsigned long number;                             // of all operations
+    std::function<void()> work;                    // empty: only orders others
+    std::vector<std::shared_ptr<Operation>> after; // in other streams
+    bool captured;                                 // part of a graph, and never done by itself
+    std::weak_ptr<EmuGraph> capture;               // the recording, while it lasts
+    unsigned long number;                          // of all operations
     bool done;
 };
 typedef std::shared_ptr<Operation> OperationRef;
@@ -156,8 +156,8 @@ static OperationRef append(EmuStream* stream, std::function<void()> work, cudaEr
     else if (stream->capture != nullptr && stream->capture->invalid)
         *error = emu_error(cudaErrorStreamCaptureInvalidated);
     if (*error != cudaSuccess) return NULL;
-    OperationRef op(new Operation{std::move(work), stream->pending_waits, stream->capture != nullptr, stream->capture,
-                                  ++operations, false});
+    OperationRef op(new Operation{std::move(work), stream->pending_waits, stream->capture != nullptr,
+                                  stream->capture, ++operations, false});
     stream->pending_waits.clear();
     if (stream->capture == nullptr) {
         stream->queue.push_back(op);
@@ -222,7 +222,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* graph) {
 cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStatus* status) {
     EmuStream* stream = stream_of(handle);
     if (stream == NULL) return emu_error(cudaErrorInvalidResourceHandle);
-    *status = stream->capture == nullptr  ? cudaStreamCaptureStatusNone
+    *status = stream->capture == nullptr ? cudaStreamCaptureStatusNone
               : stream->capture->invalid ? cudaStreamCaptureStatusInvalidated
                                          : cudaStreamCaptureStatusActive;
     return cudaSuccess;
@@ -242,7 +242,8 @@ static void replay(const std::vector<OperationRef>& nodes) {
         for (size_t i = 0; i < nodes.size(); i++) {
             bool can = !done[i];
             for (size_t k = 0; k < nodes.size() && can; k++)
-                for (const OperationRef& before : nodes[i]->after) can = can && (before != nodes[k] || done[k]);
+                for (const OperationRef& before : nodes[i]->after)
+                    can = can && (before != nodes[k] || done[k]);
             if (can) able.push_back(i);
             if (can && !emu_shuffled()) break;
         }
@@ -274,7 +275,9 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
     streams.push_back(*stream);
     return cudaSuccess;
 }
-cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithFlags(stream, cudaStreamDefault); }
+cudaError_t cudaStreamCreate(cudaStream_t* stream) {
+    return cudaStreamCreateWithFlags(stream, cudaStreamDefault);
+}
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int) {
     return cudaStreamCreateWithFlags(stream, flags);
 }
@@ -362,7 +365,8 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t handle) {
     EmuStream* stream = stream_of(handle);
     cudaError_t error;
     if (event == NULL || stream == NULL) return emu_error(cudaErrorInvalidResourceHandle);
-    OperationRef op = append(stream, [time = event->time] { *time = now(); }, &error);
+    OperationRef op = append(
+        stream, [time = event->time] { *time = now(); }, &error);
     if (op != nullptr) event->recorded = op;
     return error;
 }

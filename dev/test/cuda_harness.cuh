@@ -14,6 +14,7 @@
 #include <omp.h>
 
 typedef std::vector<double> Array;
+static const cudaStream_t test_stream = 0;
 
 #define REAL double
 namespace cpu {
@@ -69,6 +70,8 @@ template <typename X> static X* own_device(size_t n) {
 }
 
 template <typename X> static X rounded_to(double x) { return from_float<X>((float)x); }
+
+static double rounded(double x) { return (double)to_float(rounded_to<floatX>(x)); }
 
 // The nearest floatX: what a plain kernel leaves in memory after an operation.
 static void round_to_floatX(double* x, size_t n) {

@@ -11,11 +11,8 @@
 #include "llmc/rope.cuh"             // defines: rope_forward, rope_backward
 #include "llmc/token_order.h"        // defines: token_order
 
-static const cudaStream_t test_stream = 0;
 static const char* const norm_names[] = {"LayerNorm", "RMSNorm"};
 static const char* const activation_names[] = {"GELU", "SwiGLU"};
-
-static double rounded(double x) { return (double)to_float(rounded_to<floatX>(x)); }
 
 // ----------------------------------------------------------------------------
 // norms

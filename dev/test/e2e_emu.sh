@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Tests of the instrument: the emulator must find one planted bug of every kind, must not report kernels that are right,
-# and must behave as CUDA's runtime does (dev/doc/emu.md).
+# Tests of the instrument: the emulator must find one planted bug of every kind, must not report kernels that
+# are right, and must behave as CUDA's runtime does (dev/doc/emu.md).
 set -u
 cd "$(dirname "$0")/../.."
 . dev/test/tap.sh
@@ -27,8 +27,8 @@ else
     skip_test "clang++ compiles them, too" "no clang++"
 fi
 
-# found KIND BUG 'regular expression': is stopped and says why, or gives a wrong result that a test would see; the repaired
-# twin runs through, in drawn orders as well
+# found KIND BUG 'regular expression': is stopped and says why, or gives a wrong result that a test would see;
+# the repaired twin runs through, in drawn orders as well
 found() {
     local program=$work/planted.$1 bug=$2 text=$3 seed
     if "$program" "$bug" >"$work/out" 2>&1; then

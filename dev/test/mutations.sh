@@ -4,8 +4,9 @@
 #
 #   dev/test/mutations.sh [FIRST [LAST]]     numbers of the list; all by default; `make mutations`
 #
-# A line of the list: FILE <tab> TEST GROUP <tab> OLD TEXT <tab> NEW TEXT <tab> WHAT IT BREAKS. OLD TEXT stands in FILE
-# exactly once, so that a list that no longer fits the code is an error and not a mutation that was not made.
+# A line of the list: FILE <tab> TEST GROUP <tab> OLD TEXT <tab> NEW TEXT <tab> WHAT IT BREAKS, with \n for the end of a
+# line. OLD TEXT stands in FILE exactly once, so that a list that no longer fits the code is an error and not a mutation
+# that was not made.
 set -u
 cd "$(dirname "$0")/../.."
 list=dev/test/mutations.txt first=${1:-1} last=${2:-$(grep -c . "$list")}
@@ -17,7 +18,8 @@ survived=0 number=0
 mutate() { # FILE OLD NEW
     python3 - "$@" <<'PYTHON'
 import sys
-path, old, new = sys.argv[1:]
+path, old, new = sys.argv[1], *(x.replace("\\n", "\n") for x in sys.argv[2:])
+new = "" if new == "(nothing)" else new
 text = open(path).read()
 if text.count(old) != 1:
     sys.exit(f"{path}: {old!r} is there {text.count(old)} times")

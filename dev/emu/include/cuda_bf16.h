@@ -1,5 +1,5 @@
-// Stands in for CUDA's cuda_bf16.h: the type, its conversions with the hardware's rounding, its arithmetic (computed in
-// fp32 and rounded once, as a GPU does).
+// Stands in for CUDA's cuda_bf16.h: the type, its conversions with the hardware's rounding, its arithmetic
+// (computed in fp32 and rounded once, as a GPU does).
 #pragma once
 #include <math.h>
 #include <stdint.h>
@@ -44,7 +44,8 @@ static inline unsigned short __bfloat16_as_ushort(__nv_bfloat16 x) { return x.__
 static inline __nv_bfloat16 __short_as_bfloat16(short x) { return __ushort_as_bfloat16((unsigned short)x); }
 static inline short __bfloat16_as_short(__nv_bfloat16 x) { return (short)x.__x; }
 
-// Towards zero; down; up. The largest finite number is passed over to infinity only in the direction rounded to.
+// Towards zero; down; up. The largest finite number is passed over to infinity only in the direction rounded
+// to.
 static inline __nv_bfloat16 __float2bfloat16_rz(float x) {
     return __ushort_as_bfloat16(x != x ? 0x7FFF : (unsigned short)(emu_bits<unsigned>(x) >> 16));
 }
@@ -56,7 +57,8 @@ static inline __nv_bfloat16 emu_bf16_away(float x, bool away) {
 static inline __nv_bfloat16 __float2bfloat16_rd(float x) { return emu_bf16_away(x, signbit(x)); }
 static inline __nv_bfloat16 __float2bfloat16_ru(float x) { return emu_bf16_away(x, !signbit(x)); }
 
-// A double is rounded once: first to fp32 with the lost bits remembered in the last one ("to odd"), then to bf16.
+// A double is rounded once: first to fp32 with the lost bits remembered in the last one ("to odd"), then to
+// bf16.
 static inline __nv_bfloat16 __double2bfloat16(double x) {
     float f = (float)x;
     if (x == x && !isinf(f) && (double)f != x) {
@@ -80,8 +82,8 @@ static inline float __high2float(__nv_bfloat162 v) { return v.y; }
 static inline __nv_bfloat16 __low2bfloat16(__nv_bfloat162 v) { return v.x; }
 static inline __nv_bfloat16 __high2bfloat16(__nv_bfloat162 v) { return v.y; }
 
-// Arithmetic: the exact sum or product of two bf16 rounded to fp32 and then to bf16 is what __hadd and __hmul give
-// (a product is exact in fp32; a sum of two bf16 is rounded to odd through double).
+// Arithmetic: the exact sum or product of two bf16 rounded to fp32 and then to bf16 is what __hadd and __hmul
+// give (a product is exact in fp32; a sum of two bf16 is rounded to odd through double).
 static inline __nv_bfloat16 __hadd(__nv_bfloat16 a, __nv_bfloat16 b) {
     return __double2bfloat16((double)(float)a + (double)(float)b);
 }
@@ -100,8 +102,12 @@ static inline __nv_bfloat16 __hmin(__nv_bfloat16 a, __nv_bfloat16 b) { return fm
 static inline __nv_bfloat16 __hfma(__nv_bfloat16 a, __nv_bfloat16 b, __nv_bfloat16 c) {
     return __double2bfloat16(fma((double)(float)a, (double)(float)b, (double)(float)c));
 }
-static inline __nv_bfloat162 __hadd2(__nv_bfloat162 a, __nv_bfloat162 b) { return {__hadd(a.x, b.x), __hadd(a.y, b.y)}; }
-static inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) { return {__hmul(a.x, b.x), __hmul(a.y, b.y)}; }
+static inline __nv_bfloat162 __hadd2(__nv_bfloat162 a, __nv_bfloat162 b) {
+    return {__hadd(a.x, b.x), __hadd(a.y, b.y)};
+}
+static inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) {
+    return {__hmul(a.x, b.x), __hmul(a.y, b.y)};
+}
 static inline __nv_bfloat162 __hfma2(__nv_bfloat162 a, __nv_bfloat162 b, __nv_bfloat162 c) {
     return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)};
 }

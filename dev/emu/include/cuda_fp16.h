@@ -4,15 +4,16 @@
 
 #include "cuda_runtime.h" // defines: float2
 
-// |x| in a binary format with `exponent_bits` and `mantissa_bits`, to nearest, ties to even. What overflows runs on
-// into the codes beyond the largest finite number, for the caller to see. x is not a NaN.
+// |x| in a binary format with `exponent_bits` and `mantissa_bits`, to nearest, ties to even. What overflows
+// runs on into the codes beyond the largest finite number, for the caller to see. x is not a NaN.
 static inline unsigned emu_encode(double x, int exponent_bits, int mantissa_bits) {
     int bias = (1 << (exponent_bits - 1)) - 1;
     double size = fabs(x);
     if (size == 0) return 0;
     if (size >= ldexp(1.0, 2 << (exponent_bits - 1))) return 1u << (exponent_bits + mantissa_bits);
     int exponent = ilogb(size) < 1 - bias ? 1 - bias : ilogb(size); // below, numbers are subnormal
-    // in units of the last place: the leading 1 of a normal number adds itself to the exponent, as does a carry
+    // in units of the last place: the leading 1 of a normal number adds itself to the exponent, as does a
+    // carry
     unsigned units = (unsigned)rint(ldexp(size, mantissa_bits - exponent));
     return ((unsigned)(exponent + bias - 1) << mantissa_bits) + units;
 }

@@ -1,5 +1,5 @@
-// Kernels without bugs that come near to having some, and what the runtime promises: nothing may be reported, every
-// line must be "ok". Prints TAP.
+// Kernels without bugs that come near to having some, and what the runtime promises: nothing may be reported,
+// every line must be "ok". Prints TAP.
 #include <cuda_runtime.h>
 #include <type_traits>
 
@@ -14,10 +14,7 @@ static void check(bool ok, const char* what) {
 // ----------------------------------------------------------------------------
 // what threads do together
 
-template <typename T, int N>
-struct Pair {
-    T at[N];
-};
+template <typename T, int N> struct Pair { T at[N]; };
 
 // A block's sum by a tree, three kinds of __shared__ at once, and a comma in a type.
 template <typename T, int THREADS>
@@ -124,10 +121,7 @@ __global__ void indices(dim3* out) {
 }
 
 __global__ void set(float* x, float value) { x[threadIdx.x] = value; }
-template <typename T>
-__global__ void add(T* x, T value) {
-    x[threadIdx.x] += value;
-}
+template <typename T> __global__ void add(T* x, T value) { x[threadIdx.x] += value; }
 
 static void test_threads(void) {
     enum { BLOCKS = 5, N = 300 };
@@ -155,7 +149,8 @@ static void test_threads(void) {
     for (int which = 0; which < WARP_RESULTS; which++) {
         char text[64];
         right = true;
-        for (int t = 0; t < 64; t++) right = right && warp_operation_right(t, which, got[t * WARP_RESULTS + which]);
+        for (int t = 0; t < 64; t++)
+            right = right && warp_operation_right(t, which, got[t * WARP_RESULTS + which]);
         snprintf(text, sizeof text, "warp operation %d", which);
         check(right, text);
     }
@@ -179,14 +174,16 @@ static void test_threads(void) {
     cudaMemcpy(numbers, random, sizeof random, cudaMemcpyHostToDevice);
     histogram<<<3, 96>>>(bins, numbers, 1000);
     cudaMemcpy(counted, bins, sizeof counted, cudaMemcpyDeviceToHost);
-    check(counted[1] == 500 && counted[0] == 250 && counted[4] == 250, "atomics, within a block and between blocks");
+    check(counted[1] == 500 && counted[0] == 250 && counted[4] == 250,
+          "atomics, within a block and between blocks");
     cudaFree(bins), cudaFree(numbers);
 
     dim3 *where, grid(2, 3, 2), block(4, 2, 3), seen[2 * 3 * 2 * 4 * 2 * 3];
     cudaMalloc(&where, sizeof seen);
     indices<<<grid, block>>>(where);
     cudaMemcpy(seen, where, sizeof seen, cudaMemcpyDeviceToHost);
-    check(seen[24 + 4 * 2 + 5].x == 1 && seen[24 + 4 * 2 + 5].y == 1 && seen[24 + 4 * 2 + 5].z == 1, "three dimensions");
+    check(seen[24 + 4 * 2 + 5].x == 1 && seen[24 + 4 * 2 + 5].y == 1 && seen[24 + 4 * 2 + 5].z == 1,
+          "three dimensions");
     cudaFree(where);
 }
 
@@ -206,10 +203,12 @@ static void test_limits(void) {
     check(launched() == cudaErrorInvalidConfiguration, "65536 blocks in y are refused");
     set<<<1, 64, 48 * 1024 + 1>>>(x, 1);
     check(launched() == cudaErrorInvalidValue, "more than 48 KiB of shared memory have to be asked for");
-    check(cudaFuncSetAttribute(set, cudaFuncAttributeMaxDynamicSharedMemorySize, 227 * 1024) == cudaSuccess, "asked");
+    check(cudaFuncSetAttribute(set, cudaFuncAttributeMaxDynamicSharedMemorySize, 227 * 1024) == cudaSuccess,
+          "asked");
     set<<<1, 64, 227 * 1024>>>(x, 1);
     check(launched() == cudaSuccess, "and are given");
-    check(cudaFuncSetAttribute(set, cudaFuncAttributeMaxDynamicSharedMemorySize, 227 * 1024 + 1) != cudaSuccess,
+    check(cudaFuncSetAttribute(set, cudaFuncAttributeMaxDynamicSharedMemorySize, 227 * 1024 + 1) !=
+              cudaSuccess,
           "more than 227 KiB there are not");
     check(cudaGetLastError() != cudaSuccess && cudaGetLastError() == cudaSuccess, "an error is told once");
     int blocks = 0;
@@ -243,7 +242,8 @@ static void test_streams(void) {
     cudaMemcpyAsync(x, pageable, sizeof pageable, cudaMemcpyHostToDevice, a);
     for (int i = 0; i < 64; i++) pageable[i] = 6;
     cudaMemcpyAsync(pageable, x, sizeof pageable, cudaMemcpyDeviceToHost, a);
-    check(pageable[0] == 5, "a copy from pageable memory has read it when it returns, one to it has written it");
+    check(pageable[0] == 5,
+          "a copy from pageable memory has read it when it returns, one to it has written it");
 
     set<<<1, 64, 0, a>>>(x, 1);
     cudaMemcpyAsync(pinned, x, sizeof pageable, cudaMemcpyDeviceToHost, a);
@@ -272,8 +272,10 @@ static void test_streams(void) {
     check(pinned[7] == 15, "the default stream and blocking streams wait for each other");
 
     pinned[0] = 0;
-    cudaLaunchHostFunc(a, [](void* p) { *(float*)p = 77; }, pinned);
-    check(pinned[0] == 0 && cudaStreamSynchronize(a) == cudaSuccess && pinned[0] == 77, "a function of the host");
+    cudaLaunchHostFunc(
+        a, [](void* p) { *(float*)p = 77; }, pinned);
+    check(pinned[0] == 0 && cudaStreamSynchronize(a) == cudaSuccess && pinned[0] == 77,
+          "a function of the host");
     cudaEventDestroy(first), cudaEventDestroy(second);
     cudaStreamDestroy(a), cudaStreamDestroy(b), cudaStreamDestroy(blocking);
     cudaFree(x), cudaFreeHost(pinned);
@@ -312,20 +314,24 @@ static void test_graphs(void) {
     cudaGraphDestroy(graph), cudaGraphExecDestroy(exec);
 
     cudaStreamBeginCapture(a, cudaStreamCaptureModeThreadLocal);
-    check(cudaStreamSynchronize(a) == cudaErrorStreamCaptureUnsupported, "a capture forbids waiting for its stream");
-    check(cudaStreamEndCapture(a, &graph) == cudaErrorStreamCaptureInvalidated && graph == NULL, "and is lost");
+    check(cudaStreamSynchronize(a) == cudaErrorStreamCaptureUnsupported,
+          "a capture forbids waiting for its stream");
+    check(cudaStreamEndCapture(a, &graph) == cudaErrorStreamCaptureInvalidated && graph == NULL,
+          "and is lost");
     cudaStreamBeginCapture(a, cudaStreamCaptureModeThreadLocal);
     check(cudaMalloc(&p, 16) == cudaErrorStreamCaptureUnsupported, "a capture forbids allocation");
     cudaStreamEndCapture(a, &graph);
     cudaStreamBeginCapture(other, cudaStreamCaptureModeThreadLocal);
     set<<<1, 64>>>(x, 1);
-    check(launched() == cudaErrorStreamCaptureImplicit, "and the default stream, where it would be waited for");
+    check(launched() == cudaErrorStreamCaptureImplicit,
+          "and the default stream, where it would be waited for");
     cudaStreamEndCapture(other, &graph);
     cudaStreamBeginCapture(a, cudaStreamCaptureModeThreadLocal);
     cudaEventRecord(fork, a);
     cudaStreamWaitEvent(b, fork);
     add<<<1, 64, 0, b>>>(x, 1.0f);
-    check(cudaStreamEndCapture(a, &graph) == cudaErrorStreamCaptureUnjoined, "a stream that does not come back");
+    check(cudaStreamEndCapture(a, &graph) == cudaErrorStreamCaptureUnjoined,
+          "a stream that does not come back");
     cudaGetLastError();
     cudaEventDestroy(fork), cudaEventDestroy(join);
     cudaStreamDestroy(a), cudaStreamDestroy(b), cudaStreamDestroy(other);
@@ -338,7 +344,8 @@ int main() {
     test_streams();
     test_graphs();
     check(half_of(twice(21)) == 21, "an included file; // kernel<<<1, 1>>>(no launch, but text)");
-    check(strcmp(__FILE__, "dev/test/emu/clean.cu") == 0 && __LINE__ > 300, "files and lines are the original's");
+    check(strcmp(__FILE__, "dev/test/emu/clean.cu") == 0 && __LINE__ > 300,
+          "files and lines are the original's");
     printf("1..%d\n", count);
     return failed > 0;
 }

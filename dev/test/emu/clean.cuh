@@ -2,16 +2,14 @@
 #pragma once
 #include <cuda_runtime.h>
 
-template <int FACTOR, typename T>
-__global__ void times(T* x) {
+template <int FACTOR, typename T> __global__ void times(T* x) {
     __shared__ T value;
     if (threadIdx.x == 0) value = *x;
     __syncthreads();
     if (threadIdx.x == 1) *x = value * FACTOR;
 }
 
-template <typename Launch>
-static inline int on_device(int value, Launch launch) {
+template <typename Launch> static inline int on_device(int value, Launch launch) {
     int* x;
     cudaMalloc(&x, sizeof *x);
     cudaMemcpy(x, &value, sizeof value, cudaMemcpyHostToDevice);

@@ -1,5 +1,6 @@
-// The small float formats against their definition, and a checksum of every conversion: built by nvcc, which runs its own
-// headers on the host, the same checksums must come out. Prints TAP; the checksums follow as comments.
+// The small float formats against their definition, and a checksum of every conversion: built by nvcc, which
+// runs its own headers on the host, the same checksums must come out. Prints TAP; the checksums follow as
+// comments.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
@@ -36,28 +37,32 @@ static __half half_of_bits(unsigned short bits) {
     return __half(raw);
 }
 static float fp8_decode(unsigned code, __nv_fp8_interpretation_t format) {
-    return __half2float(half_of_bits(__half_raw(__nv_cvt_fp8_to_halfraw((__nv_fp8_storage_t)code, format)).x));
+    return __half2float(
+        half_of_bits(__half_raw(__nv_cvt_fp8_to_halfraw((__nv_fp8_storage_t)code, format)).x));
 }
 
 static const Format formats[] = {
-    {"bf16", 16, 0x1.FEp127, true, false, [](float x) { return (unsigned)__bfloat16_as_ushort(__float2bfloat16_rn(x)); },
+    {"bf16", 16, 0x1.FEp127, true, false,
+     [](float x) { return (unsigned)__bfloat16_as_ushort(__float2bfloat16_rn(x)); },
      [](unsigned code) { return __bfloat162float(__ushort_as_bfloat16((unsigned short)code)); }},
     {"fp16", 16, 65504, true, false, [](float x) { return (unsigned)half_bits(__float2half_rn(x)); },
      [](unsigned code) { return __half2float(half_of_bits((unsigned short)code)); }},
     {"e4m3, saturating", 8, 448, false, true,
      [](float x) { return (unsigned)__nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E4M3); },
      [](unsigned code) { return fp8_decode(code, __NV_E4M3); }},
-    {"e4m3", 8, 448, false, false, [](float x) { return (unsigned)__nv_cvt_float_to_fp8(x, __NV_NOSAT, __NV_E4M3); },
+    {"e4m3", 8, 448, false, false,
+     [](float x) { return (unsigned)__nv_cvt_float_to_fp8(x, __NV_NOSAT, __NV_E4M3); },
      [](unsigned code) { return fp8_decode(code, __NV_E4M3); }},
     {"e5m2, saturating", 8, 57344, true, true,
      [](float x) { return (unsigned)__nv_cvt_float_to_fp8(x, __NV_SATFINITE, __NV_E5M2); },
      [](unsigned code) { return fp8_decode(code, __NV_E5M2); }},
-    {"e5m2", 8, 57344, true, false, [](float x) { return (unsigned)__nv_cvt_float_to_fp8(x, __NV_NOSAT, __NV_E5M2); },
+    {"e5m2", 8, 57344, true, false,
+     [](float x) { return (unsigned)__nv_cvt_float_to_fp8(x, __NV_NOSAT, __NV_E5M2); },
      [](unsigned code) { return fp8_decode(code, __NV_E5M2); }},
 };
 
-// The code that the definition asks for: of the two numbers around |x| the nearer one, of two equally near ones the
-// even code. `values` are those of the positive codes, ascending, then what would be the next one.
+// The code that the definition asks for: of the two numbers around |x| the nearer one, of two equally near
+// ones the even code. `values` are those of the positive codes, ascending, then what would be the next one.
 static bool is_nearest(const Format* f, const double* values, unsigned n, float x, unsigned code) {
     unsigned sign = 1u << (f->bits - 1), size = code & (sign - 1);
     double a = fabs((double)x);
@@ -77,9 +82,11 @@ static bool is_nearest(const Format* f, const double* values, unsigned n, float 
 
 static uint64_t mix(uint64_t sum, uint64_t x) { return (sum ^ x) * 0x9E3779B97F4A7C15ull + (sum >> 29); }
 
-// Every code there and back; then all upper halves of a float, each with the lower halves that decide a rounding.
+// Every code there and back; then all upper halves of a float, each with the lower halves that decide a
+// rounding.
 static void test_format(const Format* f) {
-    static const uint32_t lower[] = {0, 1, 0xFFF, 0x1000, 0x1001, 0x2FFF, 0x3000, 0x3001, 0x7FFF, 0x8000, 0x8001, 0xFFFF};
+    static const uint32_t lower[] = {0,      1,      0xFFF,  0x1000, 0x1001, 0x2FFF,
+                                     0x3000, 0x3001, 0x7FFF, 0x8000, 0x8001, 0xFFFF};
     static double values[1 << 15];
     unsigned codes = 1u << (f->bits - 1), n = 0, back = 0, nearest = 0, tried = 0;
     uint64_t sum = 0;
@@ -88,7 +95,8 @@ static void test_format(const Format* f) {
     values[n] = 2 * values[n - 1] - values[n - 2];
     for (unsigned code = 0; code < 2 * codes; code++) {
         float x = f->decode(code);
-        back += isnan(x) ? isnan(f->decode(f->encode(x))) : f->encode(x) == code || (isinf(x) && f->saturates);
+        back +=
+            isnan(x) ? isnan(f->decode(f->encode(x))) : f->encode(x) == code || (isinf(x) && f->saturates);
         sum = mix(sum, isnan(x) ? 1 : (uint64_t)(int64_t)llrint(ldexp((double)x, 24)));
     }
     for (uint32_t upper = 0; upper < 65536; upper++)
@@ -115,10 +123,12 @@ static void test_bf16_functions(void) {
         if (isnan(x) || isnan(y)) continue;
         __nv_bfloat16 a = __float2bfloat16_rn(x), b = __float2bfloat16_rn(y);
         __nv_bfloat162 pair = __floats2bfloat162_rn(x, y);
-        unsigned down = __bfloat16_as_ushort(__float2bfloat16_rd(x)), up = __bfloat16_as_ushort(__float2bfloat16_ru(x));
+        unsigned down = __bfloat16_as_ushort(__float2bfloat16_rd(x)),
+                 up = __bfloat16_as_ushort(__float2bfloat16_ru(x));
         sum = mix(sum, down), sum = mix(sum, up);
         sum = mix(sum, __bfloat16_as_ushort(__float2bfloat16_rz(x)));
-        sum = mix(sum, __bfloat16_as_ushort(__double2bfloat16((double)x * (1 + ldexp((double)(i % 3 - 1), -40)))));
+        sum = mix(sum,
+                  __bfloat16_as_ushort(__double2bfloat16((double)x * (1 + ldexp((double)(i % 3 - 1), -40)))));
         const __nv_bfloat16 results[] = {__hadd(a, b), __hsub(a, b), __hmul(a, b), __hmax(a, b), __hmin(a, b),
                                          __hneg(a),    __habs(a),    pair.x,       pair.y};
         for (__nv_bfloat16 r : results) sum = mix(sum, __hisnan(r) ? 1u : __bfloat16_as_ushort(r));

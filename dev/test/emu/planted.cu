@@ -1,5 +1,5 @@
-// One bug of every kind that the emulator is there to find, each under a name: `planted NAME` must be stopped. Of most
-// there is a repaired twin, `planted NAME fixed`, that must run through.
+// One bug of every kind that the emulator is there to find, each under a name: `planted NAME` must be
+// stopped. Of most there is a repaired twin, `planted NAME fixed`, that must run through.
 #include <cuda_runtime.h>
 
 #define OR_FIXED(bug, repair)                                                                                \
@@ -147,7 +147,9 @@ __global__ void write_after_reads(float* x, bool fixed) { // three warps read, o
     x[threadIdx.x] = value;
 }
 
-__global__ void two_blocks(float* x, bool fixed) { x[(fixed ? blockIdx.x * blockDim.x : 0) + threadIdx.x] = 1; }
+__global__ void two_blocks(float* x, bool fixed) {
+    x[(fixed ? blockIdx.x * blockDim.x : 0) + threadIdx.x] = 1;
+}
 
 __global__ void block_reads_block(float* x, bool fixed) {
     size_t i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -176,8 +178,7 @@ __global__ void unatomic(float* x, bool fixed) {
 
 __global__ void set(float* x, float value) { x[threadIdx.x] = value; }
 __global__ void copy(float* out, const float* inp) { out[threadIdx.x] = inp[threadIdx.x]; }
-template <int BYTES>
-__global__ void large(float* x) {
+template <int BYTES> __global__ void large(float* x) {
     __shared__ char a[BYTES];
     a[threadIdx.x] = (char)threadIdx.x;
     x[threadIdx.x] = a[threadIdx.x];
@@ -269,7 +270,7 @@ static bool shared_too_large(float* x, bool fixed) {
 typedef void (*Kernel)(float*, bool);
 static const struct {
     const char* name;
-    Kernel kernel;                   // with 64 threads each, or
+    Kernel kernel;                    // with 64 threads each, or
     bool (*host)(float*, bool fixed); // a part of a program; false: it saw a wrong result
     unsigned blocks;
 } bugs[] = {{"barrier_exit", barrier_exit, NULL, 1},

@@ -16,7 +16,9 @@ enum EmuVote { EMU_VOTE_COUNT, EMU_VOTE_AND, EMU_VOTE_OR };
 int emu_barrier(int vote, bool predicate, const char* file, int line);
 
 static inline void __syncthreads(EMU_SITE) { emu_barrier(EMU_VOTE_COUNT, false, file, line); }
-static inline int __syncthreads_count(int x, EMU_SITE) { return emu_barrier(EMU_VOTE_COUNT, x != 0, file, line); }
+static inline int __syncthreads_count(int x, EMU_SITE) {
+    return emu_barrier(EMU_VOTE_COUNT, x != 0, file, line);
+}
 static inline int __syncthreads_and(int x, EMU_SITE) { return emu_barrier(EMU_VOTE_AND, x != 0, file, line); }
 static inline int __syncthreads_or(int x, EMU_SITE) { return emu_barrier(EMU_VOTE_OR, x != 0, file, line); }
 
@@ -29,21 +31,21 @@ static inline void __threadfence_system(void) {}
 
 enum { EMU_MAX_EXCHANGE = 128 }; // bytes a lane
 
-// Waits for the lanes of the mask at this operation; returns their values, one of `bytes` per lane of the warp, valid
-// until this lane's next warp operation. Lanes that are not there have 0xFF bytes.
-const void* emu_exchange(unsigned mask, const char* operation, const void* value, size_t bytes, const char* file,
-                         int line);
+// Waits for the lanes of the mask at this operation; returns their values, one of `bytes` per lane of the
+// warp, valid until this lane's next warp operation. Lanes that are not there have 0xFF bytes.
+const void* emu_exchange(unsigned mask, const char* operation, const void* value, size_t bytes,
+                         const char* file, int line);
 unsigned emu_lane(void);
 
 template <typename T>
-static inline const T* emu_lanes(unsigned mask, const char* operation, const T& value, const char* file, int line) {
+static inline const T* emu_lanes(unsigned mask, const char* operation, const T& value, const char* file,
+                                 int line) {
     static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= EMU_MAX_EXCHANGE, "too much for one lane");
     return static_cast<const T*>(emu_exchange(mask, operation, &value, sizeof value, file, line));
 }
 
 // For the emulated bodies of PTX instructions that a whole warp executes together
-template <typename T>
-static inline const T* emu_warp_all(T value, EMU_SITE) {
+template <typename T> static inline const T* emu_warp_all(T value, EMU_SITE) {
     return emu_lanes(0xFFFFFFFFu, "emu_warp_all", value, file, line);
 }
 
@@ -78,8 +80,8 @@ static inline T __shfl_down_sync(unsigned mask, T value, unsigned delta, int wid
 
 // The lanes of the mask that are there and satisfy test(value)
 template <typename T, typename Test>
-static inline unsigned emu_ballot(unsigned mask, const char* operation, const T& value, Test test, const char* file,
-                                  int line) {
+static inline unsigned emu_ballot(unsigned mask, const char* operation, const T& value, Test test,
+                                  const char* file, int line) {
     struct Present {
         T value;
         int there; // 1; of a lane that has left it reads as -1
@@ -91,17 +93,20 @@ static inline unsigned emu_ballot(unsigned mask, const char* operation, const T&
     return bits;
 }
 static inline unsigned __ballot_sync(unsigned mask, int predicate, EMU_SITE) {
-    return emu_ballot(mask, "__ballot_sync", predicate, [](int x) { return x != 0; }, file, line);
+    return emu_ballot(
+        mask, "__ballot_sync", predicate, [](int x) { return x != 0; }, file, line);
 }
 static inline int __any_sync(unsigned mask, int predicate, EMU_SITE) {
-    return emu_ballot(mask, "__any_sync", predicate, [](int x) { return x != 0; }, file, line) != 0;
+    return emu_ballot(
+               mask, "__any_sync", predicate, [](int x) { return x != 0; }, file, line) != 0;
 }
 static inline int __all_sync(unsigned mask, int predicate, EMU_SITE) {
-    return emu_ballot(mask, "__all_sync", predicate, [](int x) { return x == 0; }, file, line) == 0;
+    return emu_ballot(
+               mask, "__all_sync", predicate, [](int x) { return x == 0; }, file, line) == 0;
 }
-template <typename T>
-static inline unsigned __match_any_sync(unsigned mask, T value, EMU_SITE) {
-    return emu_ballot(mask, "__match_any_sync", value, [&](T x) { return x == value; }, file, line);
+template <typename T> static inline unsigned __match_any_sync(unsigned mask, T value, EMU_SITE) {
+    return emu_ballot(
+        mask, "__match_any_sync", value, [&](T x) { return x == value; }, file, line);
 }
 
 template <typename T, typename Combine>
@@ -118,7 +123,8 @@ static inline T emu_reduce(unsigned mask, const char* operation, T value, Combin
 }
 #define EMU_REDUCE(name, T, expression)                                                                      \
     static inline T name(unsigned mask, T value, EMU_SITE) {                                                 \
-        return emu_reduce(mask, #name, value, [](T a, T b) { return (T)(expression); }, file, line);         \
+        return emu_reduce(                                                                                   \
+            mask, #name, value, [](T a, T b) { return (T)(expression); }, file, line);                       \
     }
 EMU_REDUCE(__reduce_add_sync, unsigned, a + b)
 EMU_REDUCE(__reduce_add_sync, int, (unsigned)a + (unsigned)b)
@@ -151,10 +157,7 @@ EMU_ATOMICS(unsigned long long)
 // accesses with a hint to the cache
 
 #define EMU_LOAD(name)                                                                                       \
-    template <typename T>                                                                                    \
-    static inline T name(const T* p) {                                                                       \
-        return *p;                                                                                           \
-    }
+    template <typename T> static inline T name(const T* p) { return *p; }
 EMU_LOAD(__ldg)
 EMU_LOAD(__ldcs)
 EMU_LOAD(__ldcg)
@@ -163,10 +166,7 @@ EMU_LOAD(__ldlu)
 EMU_LOAD(__ldcv)
 #undef EMU_LOAD
 #define EMU_STORE(name)                                                                                      \
-    template <typename T>                                                                                    \
-    static inline void name(T* p, T x) {                                                                     \
-        *p = x;                                                                                              \
-    }
+    template <typename T> static inline void name(T* p, T x) { *p = x; }
 EMU_STORE(__stcs)
 EMU_STORE(__stcg)
 EMU_STORE(__stwb)

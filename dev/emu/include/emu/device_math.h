@@ -1,11 +1,10 @@
-// The arithmetic that device code has beyond <math.h>. The fast forms (__expf ...) are computed exactly here: what
-// they lose on a GPU is for the GPU to show.
+// The arithmetic that device code has beyond <math.h>. The fast forms (__expf ...) are computed exactly here:
+// what they lose on a GPU is for the GPU to show.
 #pragma once
 #include <math.h>
 #include <string.h>
 
-template <typename To, typename From>
-static inline To emu_bits(From x) {
+template <typename To, typename From> static inline To emu_bits(From x) {
     static_assert(sizeof(To) == sizeof(From), "");
     To to;
     memcpy(&to, &x, sizeof to);
@@ -73,7 +72,9 @@ static inline unsigned __brev(unsigned x) {
     for (int i = 0; i < 32; i++) reversed |= (x >> i & 1) << (31 - i);
     return reversed;
 }
-static inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((unsigned long long)a * b >> 32); }
+static inline unsigned __umulhi(unsigned a, unsigned b) {
+    return (unsigned)((unsigned long long)a * b >> 32);
+}
 static inline int __mulhi(int a, int b) { return (int)((long long)a * b >> 32); }
 static inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
     return (unsigned long long)((unsigned __int128)a * b >> 64);

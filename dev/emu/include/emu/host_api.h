@@ -1,5 +1,5 @@
-// The CUDA runtime API as far as the product uses it. Every call behaves as documented for CUDA 13, errors included;
-// dev/emu/{memory,stream,graph,device}.cc implement it.
+// The CUDA runtime API as far as the product uses it. Every call behaves as documented for CUDA 13, errors
+// included; dev/emu/{memory,stream,graph,device}.cc implement it.
 #pragma once
 #include <stddef.h>
 
@@ -81,7 +81,8 @@ struct cudaDeviceProp {
     char name[256];
     size_t totalGlobalMem, sharedMemPerBlock, sharedMemPerBlockOptin, sharedMemPerMultiprocessor;
     int major, minor, multiProcessorCount, warpSize, maxThreadsPerBlock, maxThreadsPerMultiProcessor;
-    int regsPerBlock, l2CacheSize, memoryBusWidth, ECCEnabled, asyncEngineCount, pciBusID, pciDeviceID, pciDomainID;
+    int regsPerBlock, l2CacheSize, memoryBusWidth, ECCEnabled, asyncEngineCount, pciBusID, pciDeviceID,
+        pciDomainID;
 };
 
 typedef struct EmuStream* cudaStream_t;
@@ -113,7 +114,8 @@ cudaError_t cudaHostAlloc(void** pointer, size_t bytes, unsigned flags);
 cudaError_t cudaFreeHost(void* pointer);
 cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total_bytes);
 cudaError_t cudaMemcpy(void* dst, const void* src, size_t bytes, cudaMemcpyKind kind);
-cudaError_t cudaMemcpyAsync(void* dst, const void* src, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream = 0);
+cudaError_t cudaMemcpyAsync(void* dst, const void* src, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream = 0);
 cudaError_t cudaMemset(void* pointer, int value, size_t bytes);
 cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t stream = 0);
 
@@ -151,19 +153,18 @@ cudaError_t emu_occupancy(int* blocks, int threads, size_t dynamic_shared);
 template <typename Kernel>
 static inline cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel*, int threads,
                                                                         size_t dynamic_shared) {
-    return emu_occupancy(blocks, threads, dynamic_shared); // by threads and dynamic shared memory, not registers
+    return emu_occupancy(blocks, threads,
+                         dynamic_shared); // by threads and dynamic shared memory, not registers
 }
 
 // The typed forms that the C++ runtime has
-template <typename T>
-static inline cudaError_t cudaMalloc(T** pointer, size_t bytes) {
+template <typename T> static inline cudaError_t cudaMalloc(T** pointer, size_t bytes) {
     return cudaMalloc((void**)(void*)pointer, bytes);
 }
 template <typename T>
 static inline cudaError_t cudaMallocHost(T** pointer, size_t bytes, unsigned flags = 0) {
     return cudaHostAlloc((void**)(void*)pointer, bytes, flags);
 }
-template <typename T>
-static inline cudaError_t cudaHostAlloc(T** pointer, size_t bytes, unsigned flags) {
+template <typename T> static inline cudaError_t cudaHostAlloc(T** pointer, size_t bytes, unsigned flags) {
     return cudaHostAlloc((void**)(void*)pointer, bytes, flags);
 }

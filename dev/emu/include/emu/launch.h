@@ -19,10 +19,10 @@ bool emu_launchable(const EmuLaunch& launch);
 cudaError_t emu_enqueue(cudaStream_t stream, std::function<void()> work);
 
 // Runs a kernel now: thread(argument) once for every thread of every block.
-void emu_run_kernel(const EmuLaunch& launch, void (*thread)(void* argument), void* argument, size_t argument_bytes);
+void emu_run_kernel(const EmuLaunch& launch, void (*thread)(void* argument), void* argument,
+                    size_t argument_bytes);
 
-template <typename Kernel, typename... P>
-struct EmuCall {
+template <typename Kernel, typename... P> struct EmuCall {
     Kernel kernel;
     std::tuple<P...> arguments;
     static void thread(void* call) {
@@ -39,20 +39,17 @@ static inline void emu_submit(const EmuLaunch& launch, const EmuCall<Kernel, P..
     });
 }
 
-template <typename... P>
-struct EmuTypedLaunch {
+template <typename... P> struct EmuTypedLaunch {
     EmuLaunch launch;
     void (*kernel)(P...);
     void operator()(P... arguments) const {
         emu_submit(launch, EmuCall<void (*)(P...), P...>{kernel, std::tuple<P...>(arguments...)});
     }
 };
-template <typename Kernel>
-struct EmuDeducedLaunch {
+template <typename Kernel> struct EmuDeducedLaunch {
     EmuLaunch launch;
     Kernel kernel;
-    template <typename... P>
-    void operator()(P... arguments) const {
+    template <typename... P> void operator()(P... arguments) const {
         emu_submit(launch, EmuCall<Kernel, P...>{kernel, std::tuple<P...>(arguments...)});
     }
 };
@@ -63,8 +60,9 @@ static inline EmuTypedLaunch<P...> emu_launch(const char* name, void (*kernel)(P
     return {{name, reinterpret_cast<const void*>(kernel), grid, block, shared, stream}, kernel};
 }
 template <typename Kernel>
-static inline EmuDeducedLaunch<Kernel> emu_launch_deduced(const char* name, Kernel kernel, dim3 grid, dim3 block,
-                                                          size_t shared = 0, cudaStream_t stream = 0) {
+static inline EmuDeducedLaunch<Kernel> emu_launch_deduced(const char* name, Kernel kernel, dim3 grid,
+                                                          dim3 block, size_t shared = 0,
+                                                          cudaStream_t stream = 0) {
     return {{name, NULL, grid, block, shared, stream}, kernel};
 }
 
