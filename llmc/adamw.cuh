@@ -112,8 +112,11 @@ static __device__ inline uint32_t random16(const RandomEight* r, int k) {
 }
 
 static __device__ inline void store_floats(float* to, const float x[ADAMW_ELEMENTS], const RandomEight*) {
-    for (int first = 0; first < ADAMW_ELEMENTS; first += Vec<float>::SIZE)
-        store_vec(to + first, *(const Vec<float>*)(x + first));
+    for (int first = 0; first < ADAMW_ELEMENTS; first += Vec<float>::SIZE) {
+        Vec<float> v;
+        for (int k = 0; k < Vec<float>::SIZE; k++) v.at[k] = x[first + k];
+        store_vec(to + first, v);
+    }
 }
 static __device__ inline void store_floats(__nv_bfloat16* to, const float x[ADAMW_ELEMENTS],
                                            const RandomEight* random) {

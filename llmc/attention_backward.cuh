@@ -108,7 +108,8 @@ static __device__ inline void load_columns(QueryColumns<N>* columns, const float
         bool inside = t < T; // beyond: p becomes 1, dout and delta are 0, so that nothing is added
         cp_async_or_zero<4>(&columns->lse[i], lse + t, inside);
         cp_async_or_zero<4>(&columns->delta[i], delta + t, inside);
-        cp_async_or_zero<4>(&columns->start[i], starts + t, inside && starts != NULL);
+        bool documents = inside && starts != NULL;
+        cp_async_or_zero<4>(&columns->start[i], documents ? (const void*)(starts + t) : lse, documents);
     }
 }
 

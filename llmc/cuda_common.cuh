@@ -9,12 +9,10 @@
 // ----------------------------------------------------------------------------
 // errors: what goes wrong inside a step is ours (or the hardware's) and ends the program
 
-#define CUDA_CHECK(call)                                                                                     \
-    do {                                                                                                     \
-        cudaError_t cuda_status = (call);                                                                    \
-        if (cuda_status != cudaSuccess)                                                                      \
-            internal_error(__FILE__, __LINE__, "%s: %s", #call, cudaGetErrorString(cuda_status));            \
-    } while (0)
+static inline void cuda_check(cudaError_t status, const char* call, const char* file, int line) {
+    if (status != cudaSuccess) internal_error(file, line, "%s: %s", call, cudaGetErrorString(status));
+}
+#define CUDA_CHECK(call) cuda_check((call), #call, __FILE__, __LINE__)
 
 // Behind every kernel launch: a launch that the device refuses says so here.
 #define LAUNCH_CHECK() CUDA_CHECK(cudaGetLastError())

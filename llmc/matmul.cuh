@@ -92,7 +92,7 @@ static inline bool epilogue_has_aux(int e) {
            e == CUBLASLT_EPILOGUE_DGELU;
 }
 
-// Where the epilogue finds its vector and its matrix; part of the question that the heuristic answers, too.
+// Where the epilogue finds its vector and its matrix. How they are aligned is part of what a heuristic is asked.
 static inline void set_pointers(MatmulPlan* plan, const void* bias, const void* aux) {
     if (epilogue_has_bias(plan->shape.epilogue))
         set_attribute(plan->operation, CUBLASLT_MATMUL_DESC_BIAS_POINTER, bias);
@@ -110,7 +110,8 @@ static inline void plan_describe(MatmulPlan* plan, const Matmul* mm) {
     set_attribute(plan->operation, CUBLASLT_MATMUL_DESC_EPILOGUE, (cublasLtEpilogue_t)s->epilogue);
     if (epilogue_has_aux(s->epilogue))
         set_attribute(plan->operation, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, (int64_t)s->m);
-    if (s->epilogue == CUBLASLT_EPILOGUE_BGRADB) // a gradient, which is not rounded before it is added
+    // a gradient that is not rounded before it is added; where D is bf16, cuBLASLt may have no algorithm for it
+    if (s->epilogue == CUBLASLT_EPILOGUE_BGRADB)
         set_attribute(plan->operation, CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE, CUDA_R_32F);
     plan->a = matmul_layout(MATMUL_TYPE, s->transpose_a ? s->k : s->m, s->transpose_a ? s->m : s->k);
     plan->b = matmul_layout(MATMUL_TYPE, s->transpose_b ? s->n : s->k, s->transpose_b ? s->k : s->n);
@@ -142,7 +143,8 @@ static inline int plan_candidates(const MatmulPlan* plan, const Matmul* mm,
     cublasStatus_t status = cublasLtMatmulAlgoGetHeuristic(
         mm->handle, plan->operation, plan->a, plan->b, plan->d, plan->d, preference, wanted, results, &found);
     CUBLAS_CHECK(cublasLtMatmulPreferenceDestroy(preference));
-    if (status == CUBLAS_STATUS_NOT_SUPPORTED) return 0;
+    // a combination that it does not know is one or the other
+    if (status == CUBLAS_STATUS_NOT_SUPPORTED || status == CUBLAS_STATUS_INVALID_VALUE) return 0;
     CUBLAS_CHECK(status);
     return found;
 }
@@ -156,9 +158,9 @@ static inline cublasStatus_t plan_run(const MatmulPlan* plan, const Matmul* mm, 
 
 #include "llmc/matmul_autotune.cuh" // defines: plan_autotune, choices_load, choices_find
 
-// The plan for a shape, made at its first use. The pointers are those of that use.
-static inline MatmulPlan* matmul_plan(Matmul* mm, const MatmulShape* shape, void* d, const void* a,
-                                      const void* b, const void* bias, const void* aux) {
+// The plan for a shape, made at its first use; a and b: the operands of that use.
+static inline MatmulPlan* matmul_plan(Matmul* mm, const MatmulShape* shape, const void* a, const void* b,
+                                      const void* bias, const void* aux) {
     for (int i = 0; i < mm->num_plans; i++) {
         if (!same_shape(&mm->plans[i].shape, shape)) continue;
         set_pointers(&mm->plans[i], bias, aux);
@@ -169,9 +171,12 @@ static inline MatmulPlan* matmul_plan(Matmul* mm, const MatmulShape* shape, void
     cublasLtMatmulHeuristicResult_t results[MATMUL_CANDIDATES];
     plan->shape = *shape;
     plan_describe(plan, mm);
-    set_pointers(plan, bias, aux);
+    // One layer's bias may lie on 256 bytes and the next one's on 16: an algorithm for all of them is wanted.
+    const char* on_16_bytes = (const char*)mm->workspace + 16;
+    set_pointers(plan, on_16_bytes, on_16_bytes);
     bool tune = mm->choices[0] != '\0';
     int found = plan_candidates(plan, mm, results, tune ? MATMUL_CANDIDATES : 1);
+    set_pointers(plan, bias, aux);
     plan->possible = found > 0;
     if (!plan->possible) return plan;
     plan->algorithm = results[0].algo;
@@ -179,7 +184,6 @@ static inline MatmulPlan* matmul_plan(Matmul* mm, const MatmulShape* shape, void
         plan_autotune(plan, mm, results, found, a, b);
         choices_append(mm, plan);
     }
-    (void)d;
     return plan;
 }
 
@@ -216,7 +220,7 @@ static inline void matmul_free(Matmul* mm) {
 // Runs a product; false if cuBLASLt has no algorithm for it.
 static inline bool matmul_run(Matmul* mm, MatmulShape shape, void* d, const void* a, const void* b,
                               const void* bias, const void* aux) {
-    MatmulPlan* plan = matmul_plan(mm, &shape, d, a, b, bias, aux);
+    MatmulPlan* plan = matmul_plan(mm, &shape, a, b, bias, aux);
     if (!plan->possible) return false;
     CUBLAS_CHECK(plan_run(plan, mm, d, a, b, &plan->algorithm));
     return true;

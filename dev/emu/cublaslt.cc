@@ -226,11 +226,11 @@ static const struct Algorithm {
     size_t k_block, workspace;
     cublasLtReductionScheme_t reduction;
 } algorithms[] = {
-    {64, 4 << 20, CUBLASLT_REDUCTION_SCHEME_INPLACE}, // first, for callers that do not rule it out
-    {128, 8 << 20, CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE},
+    {64, 128 << 10, CUBLASLT_REDUCTION_SCHEME_INPLACE}, // first, for callers that do not rule it out
+    {128, 256 << 10, CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE},
     {256, 0, CUBLASLT_REDUCTION_SCHEME_NONE},
     {32, 0, CUBLASLT_REDUCTION_SCHEME_NONE},
-    {96, 1 << 20, CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE}};
+    {96, 64 << 10, CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE}};
 enum { NUM_ALGORITHMS = sizeof algorithms / sizeof algorithms[0] };
 
 // What cublasLtMatmulAlgo_t holds. alignment: of A, B, C, D as promised, of bias and aux as their pointers were

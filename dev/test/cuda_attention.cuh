@@ -115,27 +115,28 @@ static void plain_add(float* sum, double weight, const double* x, size_t n) {
 static void plain_row(double* out, double* lse, float* dq, float* dk, float* dv, const double* q,
                       const double* k, const double* v, const double* dout, const AttentionSizes& n,
                       size_t begin, size_t end) {
-    double scale = 1 / sqrt((double)n.HS), max = -INFINITY, sum = 0, delta = 0;
-    std::vector<double> s(end), dp(end);
-    std::vector<float> o(n.HS);
+    const float scale = 1 / sqrtf((float)n.HS);
+    float max = -INFINITY, sum = 0, delta = 0;
+    std::vector<float> s(end), o(n.HS);
     for (size_t j = begin; j < end; j++) {
-        s[j] = rounded(plain_dot(q, k + j * n.row, n.HS) * scale);
-        max = fmax(max, s[j]);
+        s[j] = (float)rounded(plain_dot(q, k + j * n.row, n.HS) * scale);
+        max = fmaxf(max, s[j]);
     }
-    for (size_t j = begin; j < end; j++) sum += exp(s[j] - max);
-    *lse = (double)(float)(max + log(sum));
-    for (size_t j = begin; j < end; j++) {
-        s[j] = rounded(exp(s[j] - max) / sum); // P from here on
-        plain_add(o.data(), s[j], v + j * n.row, n.HS);
-        dp[j] = rounded(plain_dot(dout, v + j * n.row, n.HS));
-        delta += s[j] * dp[j];
+    for (size_t j = begin; j < end; j++) sum += expf(s[j] - max);
+    float log_sum = max + logf(sum);
+    for (size_t j = begin; j < end; j++)
+        plain_add(o.data(), rounded(expf(s[j] - max) / sum), v + j * n.row, n.HS);
+    for (size_t i = 0; i < n.HS; i++) {
+        out[i] = rounded((double)o[i]);
+        delta += (float)dout[i] * (float)out[i];
     }
-    for (size_t i = 0; i < n.HS; i++) out[i] = rounded((double)o[i]);
-    for (size_t j = begin; j < end; j++) {
-        double ds = rounded(s[j] * (dp[j] - delta));
-        plain_add(dq, scale * ds, k + j * n.row, n.HS);
-        plain_add(dk + j * n.HS, scale * ds, q, n.HS);
-        plain_add(dv + j * n.HS, s[j], dout, n.HS);
+    *lse = (double)log_sum;
+    for (size_t j = begin; j < end; j++) { // P once more, from lse
+        double p = rounded(expf(s[j] - log_sum)), dp = rounded(plain_dot(dout, v + j * n.row, n.HS));
+        double ds = rounded((float)p * ((float)dp - delta));
+        plain_add(dq, scale * (float)ds, k + j * n.row, n.HS);
+        plain_add(dk + j * n.HS, scale * (float)ds, q, n.HS);
+        plain_add(dv + j * n.HS, p, dout, n.HS);
     }
 }
 

@@ -9,19 +9,20 @@ struct MatmulCase {
     bool bias;
 };
 static const MatmulCase matmul_cases[] = {
-    {1, 8, 8, true},     {1, 64, 24, false},   {37, 64, 192, true},
-    {40, 256, 64, true}, {130, 72, 96, false}, {9, 40, 1304, true},
+    {1, 8, 8, true},      {1, 64, 24, false},  {37, 64, 192, true},  {40, 256, 64, true},
+    {130, 72, 96, false}, {9, 40, 1304, true}, {300, 128, 64, true},
 };
+enum { WIDEST_OC = 1304 };
 
-static Matmul* matmul_context(const char* choices, int widest) {
+static Matmul* matmul_context(const char* choices, int compute) {
     static Matmul mm;
     Error err = {0, {0}};
-    int compute = sizeof(floatX) == sizeof(float) ? COMPUTE_FP32 : COMPUTE_BF16;
     if (!matmul_init(&mm, compute, own_device<char>(matmul_workspace_bytes()),
-                     poisoned_device<float>(matmul_bias_scratch(widest)), choices, test_stream, &err))
+                     poisoned_device<float>(matmul_bias_scratch(WIDEST_OC)), choices, test_stream, &err))
         exit_with(&err);
     return &mm;
 }
+static const int matmul_compute = sizeof(floatX) == sizeof(float) ? COMPUTE_FP32 : COMPUTE_BF16;
 
 // c (M, N) = a b + bias, += if accumulate, element (i, k) of a at a[i * ai + k * ak]; in NUM
 template <typename NUM>
@@ -59,7 +60,9 @@ static void test_matmul_forward(const MatmulCase& c, Matmul* mm) {
            *pre = poisoned_device<floatX>(n), *act = poisoned_device<floatX>(n),
            *again = poisoned_device<floatX>(n);
     matmul_forward(out, dev_inp, dev_weight, dev_bias, c.N, c.C, c.OC, mm);
-    matmul_forward(again, dev_inp, dev_weight, dev_bias, c.N, c.C, c.OC, mm);
+    floatX* low_bias = c.bias ? own_device<floatX>(OC + 8) + 8 : NULL; // a later layer's, on 16 bytes only
+    if (c.bias) CUDA_CHECK(cudaMemcpy(low_bias, dev_bias, OC * sizeof(floatX), cudaMemcpyDeviceToDevice));
+    matmul_forward(again, dev_inp, dev_weight, low_bias, c.N, c.C, c.OC, mm);
     matmul_gelu_forward(act, pre, dev_inp, dev_weight, dev_bias, c.N, c.C, c.OC, mm);
     char name[100];
     snprintf(name, sizeof name, "matmul N=%d C=%d OC=%d%s", c.N, c.C, c.OC, c.bias ? ", bias" : "");
@@ -125,54 +128,156 @@ static void test_matmul_all(Matmul* mm) {
         test_matmul_backward<float>(c, true, mm);
         if (sizeof(floatX) == 2) test_matmul_backward<floatX>(c, false, mm);
     }
+}
+
+// Bias gradients from the product itself, and from the kernel that replaces it where cuBLASLt cannot. A GPU's
+// cuBLASLt is not told what to refuse and may have its own reasons.
+static void test_bias_gradients(bool fused) {
+    if (!fused) setenv("EMU_CUBLASLT_REFUSE", "BGRADB", 1);
+    Matmul* mm = matmul_context(NULL, matmul_compute);
+    cudaDeviceProp properties;
+    int plans = 0, wrong = 0;
+    test_matmul_all(mm);
+    unsetenv("EMU_CUBLASLT_REFUSE");
+    for (int i = 0; i < mm->num_plans; i++) {
+        const MatmulPlan* p = &mm->plans[i];
+        bool asked = p->shape.epilogue == CUBLASLT_EPILOGUE_BGRADB && p->shape.d_type == CUDA_R_32F;
+        plans += asked, wrong += asked && p->possible != fused;
+    }
+    CUDA_CHECK(cudaGetDeviceProperties(&properties, 0));
+    bool emulated = strcmp(properties.name, "emulated GPU") == 0;
+    tap_check(plans > 0 && (!emulated || wrong == 0), "bias gradients of %d products come from %s%s", plans,
+              fused ? "the product" : "a kernel of their own", emulated ? "" : ", or not: a GPU decides");
     matmul_free(mm);
     release_all();
 }
 
-// The result of one product with whatever algorithm the file says.
-static std::vector<floatX> tuned_product(const char* choices, const double* inp, const double* weight) {
+// TF32: both operands lose 13 bits of their mantissa, in the worst case by cutting them off.
+static void test_tf32(void) {
+    enum { N = 40, C = 256, OC = 64 };
+    double *inp = random_values(N * C, 1), *weight = random_values(OC * C, 1);
+    double *truth = own_host<double>(N * OC), *plain = own_host<double>(N * OC);
+    plain_product<double>(truth, inp, C, 1, weight, 1, C, NULL, N, OC, C, false);
+    Matmul* mm = matmul_context(NULL, COMPUTE_TF32);
+    floatX* out = poisoned_device<floatX>(N * OC);
+    matmul_forward(out, to_device<floatX>(inp, N * C), to_device<floatX>(weight, OC * C), NULL, N, C, OC, mm);
+    for (double* x : {inp, weight})
+        for (size_t i = 0; i < N * C && (x == inp || i < OC * C); i++) {
+            double unit = ldexp(1, ilogb(x[i]) - 10);
+            x[i] = trunc(x[i] / unit) * unit;
+        }
+    plain_product<double>(plain, inp, C, 1, weight, 1, C, NULL, N, OC, C, false);
+    double* ours = to_host(out, N * OC);
+    judge("matmul in TF32", ours, plain, truth, N * OC);
+    double worst = 0;
+    for (size_t i = 0; i < N * OC; i++) worst = fmax(worst, fabs(ours[i] - truth[i]));
+    tap_check(worst > 1e-4, "and it is not fp32: error %.1e", worst);
+    matmul_free(mm);
+    release_all();
+}
+
+// ----------------------------------------------------------------------------
+// autotuning
+
+// The result of one product with whatever algorithm the file says. `last`: the least of cuBLASLt's candidates is
+// written to the file as the choice of the runs to come.
+static std::vector<floatX> tuned_product(const char* choices, const double* inp, const double* weight,
+                                         bool last, cublasLtMatmulAlgo_t* algorithm) {
     enum { N = 64, C = 512, OC = 64 };
-    Matmul* mm = matmul_context(choices, OC);
+    Matmul* mm = matmul_context(choices, matmul_compute);
     floatX* out = poisoned_device<floatX>(N * OC);
     matmul_forward(out, to_device<floatX>(inp, N * C), to_device<floatX>(weight, OC * C), NULL, N, C, OC, mm);
     std::vector<floatX> host(N * OC);
     CUDA_CHECK(cudaDeviceSynchronize());
     CUDA_CHECK(cudaMemcpy(host.data(), out, host.size() * sizeof(floatX), cudaMemcpyDeviceToHost));
+    MatmulPlan* plan = &mm->plans[0];
+    if (last) {
+        cublasLtMatmulHeuristicResult_t results[MATMUL_CANDIDATES];
+        int found = plan_candidates(plan, mm, results, MATMUL_CANDIDATES);
+        plan->algorithm = results[found - 1].algo;
+        choices_append(mm, plan);
+    }
+    *algorithm = plan->algorithm;
     matmul_free(mm);
     return host;
 }
 
-static void test_autotune(void) {
-    char choices[] = "/tmp/matmul_algorithms.XXXXXX";
+static bool same_algorithm(const cublasLtMatmulAlgo_t* a, const cublasLtMatmulAlgo_t* b) {
+    return memcmp(a, b, sizeof *a) == 0;
+}
+
+// What the file says is done, also where it is not what tuning would choose.
+static void test_choices(const char* choices) {
     double *inp = random_values(64 * 512, 1), *weight = random_values(64 * 512, 1);
-    close(mkstemp(choices));
-    std::vector<floatX> first = tuned_product(choices, inp, weight);
+    cublasLtMatmulAlgo_t tuned, again, last;
     size_t size, again_size;
     Error err = {0, {0}};
+    std::vector<floatX> first = tuned_product(choices, inp, weight, false, &tuned);
     char* text = read_file(choices, 1 << 20, &size, &err);
     tap_check(text != NULL && strstr(text, "\n64 64 512 1 0 0 ") != NULL, "autotuning writes its choice");
-    std::vector<floatX> second = tuned_product(choices, inp, weight);
-    char* again = read_file(choices, 1 << 20, &again_size, &err);
-    tap_check(again != NULL && size == again_size && memcmp(text, again, size) == 0,
+    std::vector<floatX> second = tuned_product(choices, inp, weight, false, &again);
+    char* text_again = read_file(choices, 1 << 20, &again_size, &err);
+    tap_check(text_again != NULL && size == again_size && memcmp(text, text_again, size) == 0,
               "a second run adds nothing");
-    tap_check(memcmp(first.data(), second.data(), first.size() * sizeof(floatX)) == 0,
+    tap_check(same_algorithm(&tuned, &again) &&
+                  memcmp(first.data(), second.data(), first.size() * sizeof(floatX)) == 0,
               "and has the same bits");
+    tuned_product(choices, inp, weight, true, &last);
+    tuned_product(choices, inp, weight, false, &again);
+    tap_check(same_algorithm(&last, &again), "the later line of two is the one that counts");
+    free(text), free(text_again);
+}
+
+static void refuse_choices(const char* choices, const char* text, const char* part) {
     Matmul mm = {};
+    Error err = {0, {0}};
     snprintf(mm.choices, sizeof mm.choices, "%s", choices);
+    bool written = replace_file(choices, text, strlen(text), &err), loaded = choices_load(&mm, &err);
+    tap_check(written && !loaded && err.code == EXIT_BAD_DATA && strstr(err.text, part) != NULL, "%s",
+              err.text);
+    free(mm.stored);
+}
+
+// A file that is damaged is refused, one of another machine begun anew.
+static void test_choices_file(const char* choices) {
+    Error err = {0, {0}};
+    size_t size;
+    Matmul mm = {};
+    char* text = read_file(choices, 1 << 20, &size, &err);
     text[size - 3] = 'x';
-    bool written = replace_file(choices, text, size, &err), loaded = choices_load(&mm, &err);
-    tap_check(written && !loaded && err.code == EXIT_BAD_DATA && strstr(err.text, "line 2") != NULL,
-              "a damaged line is refused: %s", err.text);
-    free(mm.stored), free(text), free(again);
+    char* lines = strchr(text, '\n') + 1;
+    char number[30];
+    int count = 0;
+    for (const char* c = lines; *c != '\0'; c++) count += *c == '\n';
+    snprintf(number, sizeof number, "line %d is damaged", count + 1);
+    refuse_choices(choices, text, number);
+    text[size - 3] = '\0'; // a machine that died while it wrote
+    refuse_choices(choices, text, number);
+    *lines = '\0', text[strlen("pretrain.c matmul algorithms | ")] ^= 1;
+    snprintf(mm.choices, sizeof mm.choices, "%s", choices);
+    bool loaded = replace_file(choices, text, strlen(text), &err) && choices_load(&mm, &err);
+    char* begun = read_file(choices, 1 << 20, &size, &err);
+    text[strlen("pretrain.c matmul algorithms | ")] ^= 1;
+    tap_check(loaded && mm.num_stored == 0 && begun != NULL && strcmp(begun, text) == 0,
+              "another GPU's file is begun anew");
+    free(text), free(begun), free(mm.stored);
+}
+
+static void test_autotune(void) {
+    char choices[] = "/tmp/matmul_algorithms.XXXXXX";
+    close(mkstemp(choices));
+    test_choices(choices);
+    Matmul* mm = matmul_context(choices, matmul_compute);
+    test_matmul_all(mm); // gradients too: a product that is tried several times is added once
+    matmul_free(mm);
+    test_choices_file(choices);
     unlink(choices);
     release_all();
 }
 
 static void test_matmul(void) {
-    int widest = 1304;
-    test_matmul_all(matmul_context(NULL, widest));
-    setenv("EMU_CUBLASLT_REFUSE", "BGRADB", 1); // on a GPU this changes nothing
-    test_matmul_all(matmul_context(NULL, widest));
-    unsetenv("EMU_CUBLASLT_REFUSE");
+    test_bias_gradients(true);
+    test_bias_gradients(false);
     test_autotune();
+    if (sizeof(floatX) == sizeof(float)) test_tf32();
 }

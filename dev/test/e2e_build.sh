@@ -93,6 +93,7 @@ fails_with() { # 'TEXT' make's arguments
     says "$1"
 }
 
+touch "$toolkit/lib64/libnccl.so" # no header: not to be used
 check "a toolkit: CUDA_HOME's nvcc is called" built CUDA_HOME="$toolkit" train_gpt
 check "and its libraries, with a path to them in the program" called "$toolkit/bin/nvcc" "-L$toolkit/lib64/" \
     "-rpath=$toolkit/lib64 " -l:libcudart.so -l:libcublasLt.so
@@ -110,6 +111,7 @@ else
     check "without NCCL, that is said" says "without NCCL"
     check "and it is not asked for" not_called NCCL
 fi
+rm "$toolkit/lib64/libnccl.so"
 check "NCCL_HOME" built CUDA_HOME="$toolkit" NCCL_HOME="$wheels/nccl" train_gpt
 check "is where NCCL is found" called -DUSE_NCCL -l:libnccl.so.2 "-isystem $wheels/nccl/include" "-rpath=$wheels/nccl/lib"
 PYTHONPATH=$work/site check "a toolkit without NCCL, and a wheel with it" built CUDA_HOME="$toolkit" train_gpt

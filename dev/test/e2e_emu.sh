@@ -54,6 +54,7 @@ for kind in plain check; do
     expect $kind pinned_too_early 'wrong result'
     expect $kind shared_too_large 'the limit is 49152'
 done
+expect plain stale_shared 'wrong result'
 expect asan global_beyond heap-buffer-overflow
 expect asan shared_beyond 'out of bounds|use-after-poison'
 expect asan dynamic_beyond use-after-poison
@@ -71,6 +72,7 @@ expect check half_syncwarp 'race|no thread of the block has written'
 expect check shuffle_no_fence 'race: reads shared memory'
 expect check two_writers 'race: writes shared memory .* that thread 0 has written'
 expect check write_after_reads 'race: writes shared memory .* has read'
+expect check last_reader_writes 'race: writes shared memory .* has read'
 expect check two_blocks 'race: writes global memory .* that block 0 has written'
 expect check block_reads_block 'race: reads global memory .* that block 0 has written'
 expect check threads_in_global 'race: .* global memory'

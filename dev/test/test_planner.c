@@ -78,6 +78,7 @@ static void memory_adds_up(void** state) {
     expect(&plan, "total 1,273,920 9.30 a parameter, 0.00 GB; what there is for it is not known here");
     plan.memory_limit = 1273920;
     expect(&plan, "there are 0.00 GB: it fits");
+    expect_none(&plan, "smaller");
     plan.memory_limit--;
     expect(&plan, "IT DOES NOT FIT take a smaller model");
     plan.memory_advice = "batch.recompute=block";
@@ -115,6 +116,7 @@ static void peaks_go_by_whole_words(void** state) {
         {"NVIDIA H100 PCIe", 756, 378, 51},
         {"NVIDIA H100 NVL", 835.5, 417.5, 60},
         {"NVIDIA H200", 989.4, 494.7, 66.9},
+        {"NVIDIA GH100", 0, 0, 0},
         {"NVIDIA GH200 480GB", 989.4, 494.7, 66.9},
         {"NVIDIA B200", 2250, 1125, 75},
         {"NVIDIA GB200", 2500, 1250, 80},

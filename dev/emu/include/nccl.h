@@ -38,26 +38,24 @@ typedef enum { ncclSum = 0, ncclProd = 1, ncclMax = 2, ncclMin = 3, ncclAvg = 4,
 
 typedef enum {
     ncclInt8 = 0,
+    ncclChar = 0,
     ncclUint8 = 1,
     ncclInt32 = 2,
+    ncclInt = 2,
     ncclUint32 = 3,
     ncclInt64 = 4,
     ncclUint64 = 5,
     ncclFloat16 = 6,
+    ncclHalf = 6,
     ncclFloat32 = 7,
+    ncclFloat = 7,
     ncclFloat64 = 8,
+    ncclDouble = 8,
     ncclBfloat16 = 9,
     ncclFloat8e4m3 = 10,
     ncclFloat8e5m2 = 11,
     ncclNumTypes = 12
 } ncclDataType_t;
-enum {
-    ncclChar = ncclInt8,
-    ncclInt = ncclInt32,
-    ncclHalf = ncclFloat16,
-    ncclFloat = ncclFloat32,
-    ncclDouble = ncclFloat64
-};
 
 #define NCCL_CONFIG_MAGIC 0xcafebeefu
 typedef struct {

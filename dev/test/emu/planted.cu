@@ -147,6 +147,17 @@ __global__ void write_after_reads(float* x, bool fixed) { // three warps read, o
     x[threadIdx.x] = value;
 }
 
+__global__ void last_reader_writes(float* x, bool fixed) { // all lanes of a warp read, and one of them writes
+    __shared__ float a[2];
+    float* mine = &a[threadIdx.x / 32];
+    if (threadIdx.x % 32 == 0) *mine = 1;
+    __syncwarp();
+    float value = *mine;
+    if (fixed) __syncwarp();
+    if (threadIdx.x % 32 == 31) *mine = value + 1;
+    x[threadIdx.x] = value;
+}
+
 __global__ void two_blocks(float* x, bool fixed) {
     x[(fixed ? blockIdx.x * blockDim.x : 0) + threadIdx.x] = 1;
 }
@@ -257,6 +268,18 @@ static bool pinned_too_early(float* x, bool fixed) { // the source is overwritte
     return right;
 }
 
+static bool stale_shared(float* x, bool fixed) { // what the block before left there must not help
+    float host[128], sum = 0;
+    float* y;
+    cudaMalloc(&y, sizeof host);
+    unwritten_by_block<<<2, 64>>>(y, fixed);
+    cudaMemcpy(host, y, sizeof host, cudaMemcpyDeviceToHost);
+    cudaFree(y);
+    for (float value : host) sum += value;
+    (void)x;
+    return sum == 128;
+}
+
 static bool shared_too_large(float* x, bool fixed) {
     if (fixed)
         large<48 * 1024><<<1, 64>>>(x);
@@ -292,6 +315,7 @@ static const struct {
             {"shuffle_no_fence", shuffle_no_fence, NULL, 1},
             {"two_writers", two_writers, NULL, 1},
             {"write_after_reads", write_after_reads, NULL, 1},
+            {"last_reader_writes", last_reader_writes, NULL, 1},
             {"two_blocks", two_blocks, NULL, 2},
             {"block_reads_block", block_reads_block, NULL, 2},
             {"threads_in_global", threads_in_global, NULL, 1},
@@ -301,6 +325,7 @@ static const struct {
             {"kernel_reads_host", NULL, kernel_reads_host, 1},
             {"no_event_wait", NULL, no_event_wait, 1},
             {"pinned_too_early", NULL, pinned_too_early, 1},
+            {"stale_shared", NULL, stale_shared, 1},
             {"shared_too_large", NULL, shared_too_large, 1}};
 
 int main(int argc, char** argv) {
