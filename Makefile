@@ -1,13 +1,9 @@
 # `make quickstart` trains a first model, `make test` checks everything, `make help` lists the rest.
 #
-# Each program is one translation unit, so a build is one compiler call. Everything made goes into build/, except
-# the programs themselves and quickstart/.
+# A program is one translation unit, built by one compiler call. All else that is made goes into build/ and quickstart/.
 
 ifeq ($(origin CC),default)
 CC := gcc
-endif
-ifeq ($(origin CXX),default)
-CXX := g++
 endif
 BIN   ?= .
 BUILD ?= build

@@ -570,7 +570,10 @@ int gpt_memory(const RunConfig* run, bool training, MemoryLine lines[MEMORY_LINE
 }
 
 uint64_t gpt_memory_limit(void) { return physical_memory(); }
-double gpt_peak_flops(void) { return 0; }
+double gpt_peak_flops(const RunConfig* run) {
+    (void)run;
+    return 0;
+}
 
 void gpt_measure(const RunConfig* run, double* matmul_rate, double* copy_rate) {
     int rows = run->batch.micro_batch_size * run->batch.sequence_length;

@@ -725,6 +725,7 @@ bool gpt_create(GPT* g, const RunConfig* run, int B, int T, bool training, Error
     if (!create_host_buffers(g, training ? run->batch.global_batch_size : 0, err)) return false;
     if (g->rope_cos != NULL) upload_rope_table(g);
     CUDA_CHECK(cudaStreamSynchronize(g->stream));
+    if (training && run->checkpoint.every > 0) gpt_host_state(g); // rather now than in the middle of the run
     char choices[PATH_MAX];
     bool tune = training && run->parallel.autotune;
     return (!tune || path_join(choices, run->log.run_dir, "matmul_algorithms.txt", err)) &&
@@ -1000,13 +1001,18 @@ static bool check_sizes(const ModelConfig* c, Error* err) {
 bool gpt_resolve(RunConfig* run, bool training, Error* err) {
     const bool fp32 = sizeof(floatX) == sizeof(float);
     int* compute = &run->precision.compute;
-    (void)training;
     if (*compute == COMPUTE_AUTO) *compute = fp32 ? COMPUTE_FP32 : COMPUTE_BF16;
     if (fp32 == (*compute == COMPUTE_BF16))
         return fail(err, EXIT_CONFIG,
                     "precision.compute is %s, and %s computes in %s: leave the key out, or use %s",
                     precision_names[*compute], PROGRAM_NAME, fp32 ? "fp32 or tf32" : "bf16",
                     fp32 ? "train_gpt" : "train_gpt_fp32 (or train_gpt_cpu)");
+    if (fp32 && training && run->precision.gradients != STORE_FP32)
+        return fail(
+            err, EXIT_CONFIG,
+            "precision.gradients is bf16: cuBLASLt has no fp32 product with a bf16 result, so %s adds them up "
+            "in fp32; leave the key out, or use train_gpt",
+            PROGRAM_NAME);
     return check_sizes(&run->model, err);
 }
 
@@ -1028,11 +1034,10 @@ int gpt_memory(const RunConfig* run, bool training, MemoryLine lines[MEMORY_LINE
     return count;
 }
 
-double gpt_peak_flops(void) {
+double gpt_peak_flops(const RunConfig* run) {
     Device device;
     Error none = {0, {0}};
-    int compute = sizeof(floatX) == sizeof(float) ? COMPUTE_FP32 : COMPUTE_BF16;
-    return device_open(&device, &none) ? gpu_peak_flops(device.name, compute) : 0;
+    return device_open(&device, &none) ? gpu_peak_flops(device.name, run->precision.compute) : 0;
 }
 
 void gpt_print_device(FILE* out) {

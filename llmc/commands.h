@@ -84,7 +84,7 @@ static inline bool command_train(Trainer* t, const char* argument, Error* err) {
     bool finished = t->state.step >= (uint64_t)run->schedule.max_steps;
     if ((!finished && !write_run_config(t, err)) || !metrics_open(&t->metrics, run->log.run_dir, err))
         return false;
-    t->peak_flops = gpt_peak_flops();
+    t->peak_flops = gpt_peak_flops(&t->run);
     print_start(t, resumed);
     log_start(t, resumed);
     bool ok = train_loop(t, err), done = t->state.step >= (uint64_t)run->schedule.max_steps;
@@ -164,7 +164,7 @@ static inline bool command_plan(Trainer* t, const char* argument, Error* err) {
     if (plan.memory_limit != 0 && memory_needed(run, true) > plan.memory_limit)
         memory_advice(run, plan.memory_limit, &advice);
     plan.memory_advice = advice.data;
-    plan.peak_flops = gpt_peak_flops();
+    plan.peak_flops = gpt_peak_flops(run);
     gpt_measure(run, &plan.matmul_rate, &plan.copy_rate);
     // a plan is made before there are data, too: without them it says nothing about epochs
     Error no_data = {0, {0}};

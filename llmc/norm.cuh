@@ -12,7 +12,7 @@
 
 // Chosen by counting, not yet measured: a warp has a row of 768 in three loads a lane; rows wait for one
 // another nowhere, so many small blocks hide what memory takes.
-enum { NORM_WARPS = 4, NORM_PARTS = 512, NORM_MAX_THREADS = 1024, NORM_MAX_VECS = 4 };
+enum { NORM_WARPS = 4, NORM_MAX_THREADS = 1024, NORM_MAX_VECS = 4 };
 enum { NORM_MAX_COLUMNS = NORM_MAX_THREADS * NORM_MAX_VECS * VEC };
 
 // ----------------------------------------------------------------------------
@@ -123,8 +123,15 @@ static inline void residual_norm_forward(floatX* residual, floatX* out, float* m
 // A block walks down the rows, and a thread keeps to its columns, so that the column sums stay in registers
 // from the first row to the last.
 
+// Blocks of the backward pass, enough to fill a large GPU with threads (1.5 M columns in all), but a function of
+// C alone, so that every card adds the same parts.
+static inline int norm_backward_parts(int C) {
+    int parts = (3 << 19) / C;
+    return parts < 256 ? 256 : parts > 2048 ? 2048 : parts;
+}
+
 // Floats of scratch that norm_backward needs.
-static inline size_t norm_backward_scratch(int C) { return 2 * (size_t)NORM_PARTS * (size_t)C; }
+static inline size_t norm_backward_scratch(int C) { return 2 * (size_t)norm_backward_parts(C) * (size_t)C; }
 
 // The sums of a and of b over a block of any number of warps, in every thread.
 static __device__ inline float2 block_sum2(float a, float b, float2* of_warp) {
@@ -189,7 +196,7 @@ template <typename Grad>
 static inline void norm_backward(floatX* dinp, Grad* dweight, Grad* dbias, float* scratch, const floatX* dout,
                                  const floatX* inp, const floatX* weight, const float* mean,
                                  const float* rstd, int N, int C, int kind, cudaStream_t stream) {
-    int parts = N < NORM_PARTS ? N : NORM_PARTS, vecs = C / VEC;
+    int most = norm_backward_parts(C), parts = N < most ? N : most, vecs = C / VEC;
     int threads = (int)ceil_div((size_t)vecs, WARP) * WARP;
     threads = threads < NORM_MAX_THREADS ? threads : NORM_MAX_THREADS;
     CHECK(C <= NORM_MAX_COLUMNS);

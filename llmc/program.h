@@ -38,7 +38,8 @@ enum { MEMORY_LINES_MAX = 16 };
 int gpt_memory(const RunConfig* run, bool training, MemoryLine lines[MEMORY_LINES_MAX]);
 uint64_t gpt_memory_limit(void); // bytes there are for it; 0: not known, there is no device here
 
-double gpt_peak_flops(void); // dense peak of the device in the type it computes in, FLOP/s; 0: not known
+double
+gpt_peak_flops(const RunConfig* run); // dense peak of the device for precision.compute, FLOP/s; 0: not known
 // What a matmul of this model's feed-forward layer (FLOP/s) and a copy (bytes read and written a second)
 // reach here and now; 0: not known.
 void gpt_measure(const RunConfig* run, double* matmul_rate, double* copy_rate);

@@ -54,7 +54,8 @@ static int compare_floats(const void* a, const void* b) {
 template <typename Launch> static double seconds_of(Launch launch) {
     cudaEvent_t begin, end;
     float times[REPEATS];
-    CUDA_CHECK(cudaEventCreate(&begin)), CUDA_CHECK(cudaEventCreate(&end));
+    CUDA_CHECK(cudaEventCreate(&begin));
+    CUDA_CHECK(cudaEventCreate(&end));
     launch();
     for (int i = 0; i < REPEATS; i++) {
         CUDA_CHECK(cudaEventRecord(begin, stream));
@@ -63,7 +64,8 @@ template <typename Launch> static double seconds_of(Launch launch) {
         CUDA_CHECK(cudaEventSynchronize(end));
         CUDA_CHECK(cudaEventElapsedTime(&times[i], begin, end));
     }
-    CUDA_CHECK(cudaEventDestroy(begin)), CUDA_CHECK(cudaEventDestroy(end));
+    CUDA_CHECK(cudaEventDestroy(begin));
+    CUDA_CHECK(cudaEventDestroy(end));
     qsort(times, REPEATS, sizeof *times, compare_floats);
     return 1e-3 * times[REPEATS / 2];
 }
@@ -85,7 +87,8 @@ static double copy_rate(void) { // bytes/s, read and written
     size_t bytes = (size_t)1 << 30;
     void *from = random_device(bytes / sizeof(floatX), 1), *to = device_bytes(bytes);
     double s = seconds_of([&] { cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream); });
-    CUDA_CHECK(cudaFree(from)), CUDA_CHECK(cudaFree(to));
+    CUDA_CHECK(cudaFree(from));
+    CUDA_CHECK(cudaFree(to));
     return 2.0 * (double)bytes / s;
 }
 
@@ -94,7 +97,9 @@ static double matmul_rate(Matmul* mm) {
     size_t n = (size_t)SIZE * SIZE;
     floatX *a = random_device(n, 1), *b = random_device(n, 0.02f), *c = random_device(n, 1);
     double s = seconds_of([&] { matmul_forward(c, a, b, (floatX*)NULL, SIZE, SIZE, SIZE, mm); });
-    CUDA_CHECK(cudaFree(a)), CUDA_CHECK(cudaFree(b)), CUDA_CHECK(cudaFree(c));
+    CUDA_CHECK(cudaFree(a));
+    CUDA_CHECK(cudaFree(b));
+    CUDA_CHECK(cudaFree(c));
     return 2.0 * SIZE * SIZE * SIZE / s;
 }
 
@@ -216,6 +221,7 @@ static void bench_step(const Device* device, int argc, char** argv) {
     if (!config_load(&run, argv[0], 1, overrides, &err)) exit_with(&err);
     if (argc > 1) run.batch.micro_batch_size = run.batch.global_batch_size = atoi(argv[1]);
     if (argc > 2) run.batch.sequence_length = atoi(argv[2]);
+    run.checkpoint.every = 0; // none here, so no memory for them
     int B = run.batch.micro_batch_size, T = run.batch.sequence_length, rows = run.batch.global_batch_size;
     if (!gpt_resolve(&run, true, &err)) exit_with(&err);
     size_t before = device_free_memory();

@@ -226,7 +226,8 @@ static const struct Algorithm {
     size_t k_block, workspace;
     cublasLtReductionScheme_t reduction;
 } algorithms[] = {
-    {64, 128 << 10, CUBLASLT_REDUCTION_SCHEME_INPLACE}, // first, for callers that do not rule it out
+    {64, 64 << 20, CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE}, // first, for callers that do not rule them out:
+    {64, 128 << 10, CUBLASLT_REDUCTION_SCHEME_INPLACE},     // much workspace, and sums in no order
     {128, 256 << 10, CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE},
     {256, 0, CUBLASLT_REDUCTION_SCHEME_NONE},
     {32, 0, CUBLASLT_REDUCTION_SCHEME_NONE},
@@ -254,9 +255,10 @@ static bool read_choice(Choice* c, const cublasLtMatmulAlgo_t* algorithm) {
     return c->number < NUM_ALGORITHMS && c->sum == checksum(c);
 }
 
+// What an algorithm may count on, having been asked for with this pointer: 256 at most.
 static uint32_t alignment_of(const void* pointer) {
     uintptr_t lowest = (uintptr_t)pointer & -(uintptr_t)pointer;
-    return lowest == 0 || lowest > 16 ? 16 : (uint32_t)lowest; // kernels access 16 bytes at most
+    return lowest == 0 || lowest > 256 ? 256 : (uint32_t)lowest;
 }
 static bool aligned(const void* pointer, uint32_t alignment) { return (uintptr_t)pointer % alignment == 0; }
 
@@ -449,6 +451,7 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
                               cublasLtMatrixLayout_t c, void* D, cublasLtMatrixLayout_t d,
                               const cublasLtMatmulAlgo_t* algorithm, void* workspace, size_t workspace_bytes,
                               cudaStream_t stream) {
+    EmuLock lock;
     Problem p;
     Choice choice;
     if (handle == NULL || alpha == NULL || beta == NULL || A == NULL || B == NULL || D == NULL ||

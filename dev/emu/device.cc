@@ -10,6 +10,8 @@
 
 #include "emu.h" // defines: EmuDevice
 
+std::recursive_mutex emu_mutex;
+
 enum {
     OLDEST_ARCHITECTURE = 80,
     MULTIPROCESSORS = 132,
@@ -48,6 +50,7 @@ cudaError_t emu_need_device(void) {
 
 cudaError_t cudaPeekAtLastError(void) { return last_error; }
 cudaError_t cudaGetLastError(void) {
+    EmuLock lock;
     cudaError_t error = last_error;
     last_error = cudaSuccess;
     return error;
@@ -77,27 +80,33 @@ const char* cudaGetErrorString(cudaError_t error) {
 // properties
 
 cudaError_t cudaDriverGetVersion(int* version) {
+    EmuLock lock;
     *version = emu_device()->present ? CUDART_VERSION : 0;
     return cudaSuccess;
 }
 cudaError_t cudaRuntimeGetVersion(int* version) {
+    EmuLock lock;
     *version = CUDART_VERSION;
     return cudaSuccess;
 }
 cudaError_t cudaGetDeviceCount(int* count) {
+    EmuLock lock;
     *count = emu_device()->present;
     return emu_need_device();
 }
 cudaError_t cudaSetDevice(int device) {
+    EmuLock lock;
     if (emu_need_device() != cudaSuccess) return cudaPeekAtLastError();
     return emu_error(device == 0 ? cudaSuccess : cudaErrorInvalidDevice);
 }
 cudaError_t cudaGetDevice(int* device) {
+    EmuLock lock;
     *device = 0;
     return emu_need_device();
 }
 
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
+    EmuLock lock;
     cudaError_t error = cudaSetDevice(device);
     if (error != cudaSuccess) return error;
     memset(properties, 0, sizeof *properties);
@@ -120,6 +129,7 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+    EmuLock lock;
     static const struct {
         cudaDeviceAttr attribute;
         int value;

@@ -1,6 +1,7 @@
 // What the parts of the emulator know of each other.
 #pragma once
 #include <memory>
+#include <mutex>
 #include <vector>
 
 #include "cuda_runtime.h" // defines: EmuLaunch, cudaError_t ...
@@ -11,6 +12,15 @@
 // Prints one finding about the running kernel (its name, block and thread come first) and ends the program.
 enum { EMU_EXIT = 97 };
 [[noreturn]] void emu_report(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+// ----------------------------------------------------------------------------
+// host threads: one call of the runtime at a time. A call may wait for a stream, and what it waits for then runs in
+// its thread; a kernel's fibers never leave it.
+
+extern std::recursive_mutex emu_mutex;
+struct EmuLock {
+    std::lock_guard<std::recursive_mutex> guard{emu_mutex};
+};
 
 // ----------------------------------------------------------------------------
 // device.cc

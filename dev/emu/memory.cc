@@ -65,6 +65,7 @@ static void give_memory(const EmuAllocation* a) {
 // allocation
 
 static cudaError_t allocate(void** pointer, size_t bytes, bool pinned) {
+    EmuLock lock;
     *pointer = NULL;
     if (emu_in_kernel()) emu_report("allocates memory: a kernel cannot");
     if (emu_need_device() != cudaSuccess) return cudaPeekAtLastError();
@@ -83,6 +84,7 @@ static cudaError_t allocate(void** pointer, size_t bytes, bool pinned) {
 }
 
 static cudaError_t release(void* pointer, bool pinned) {
+    EmuLock lock;
     if (pointer == NULL) return cudaSuccess;
     cudaError_t forbidden = emu_forbidden_in_capture();
     if (forbidden != cudaSuccess) return emu_error(forbidden);
@@ -104,6 +106,7 @@ cudaError_t cudaHostAlloc(void** pointer, size_t bytes, unsigned) { return alloc
 cudaError_t cudaFreeHost(void* pointer) { return release(pointer, true); }
 
 cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total_bytes) {
+    EmuLock lock;
     if (emu_need_device() != cudaSuccess) return cudaPeekAtLastError();
     *total_bytes = emu_device()->memory;
     *free_bytes = emu_device()->memory - device_bytes;
@@ -134,6 +137,7 @@ static cudaError_t check_copy(Place dst, Place src, cudaMemcpyKind kind) {
 
 cudaError_t cudaMemcpyAsync(void* dst, const void* src, size_t bytes, cudaMemcpyKind kind,
                             cudaStream_t stream) {
+    EmuLock lock;
     if (emu_need_device() != cudaSuccess) return cudaPeekAtLastError();
     if (bytes == 0) return cudaSuccess;
     Place to = place_of(dst, bytes), from = place_of(src, bytes);
@@ -150,12 +154,14 @@ cudaError_t cudaMemcpyAsync(void* dst, const void* src, size_t bytes, cudaMemcpy
 }
 
 cudaError_t cudaMemcpy(void* dst, const void* src, size_t bytes, cudaMemcpyKind kind) {
+    EmuLock lock;
     cudaError_t error = cudaMemcpyAsync(dst, src, bytes, kind, 0);
     bool late = kind == cudaMemcpyDeviceToDevice; // returns before the device has done it
     return error != cudaSuccess || late ? error : cudaStreamSynchronize(0);
 }
 
 cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t stream) {
+    EmuLock lock;
     if (emu_need_device() != cudaSuccess) return cudaPeekAtLastError();
     if (bytes == 0) return cudaSuccess;
     Place place = place_of(pointer, bytes);
@@ -163,5 +169,6 @@ cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t
     return emu_enqueue(stream, [=] { memset(pointer, value, bytes); });
 }
 cudaError_t cudaMemset(void* pointer, int value, size_t bytes) {
+    EmuLock lock;
     return cudaMemsetAsync(pointer, value, bytes, 0);
 }

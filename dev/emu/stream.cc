@@ -170,6 +170,7 @@ static OperationRef append(EmuStream* stream, std::function<void()> work, cudaEr
 }
 
 cudaError_t emu_enqueue(cudaStream_t handle, std::function<void()> work) {
+    EmuLock lock;
     EmuStream* stream = stream_of(handle);
     cudaError_t error;
     if (stream == NULL) return emu_error(cudaErrorInvalidResourceHandle);
@@ -178,6 +179,7 @@ cudaError_t emu_enqueue(cudaStream_t handle, std::function<void()> work) {
 }
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t handle, cudaStreamCaptureMode) {
+    EmuLock lock;
     EmuStream* stream = stream_of(handle);
     if (stream == NULL) return emu_error(cudaErrorInvalidResourceHandle);
     if (stream == &default_stream || stream->capture != nullptr)
@@ -187,6 +189,7 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t handle, cudaStreamCaptureMode) {
 }
 
 cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* graph) {
+    EmuLock lock;
     EmuStream* stream = stream_of(handle);
     *graph = NULL;
     if (stream == NULL) return emu_error(cudaErrorInvalidResourceHandle);
@@ -220,6 +223,7 @@ cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* graph) {
 }
 
 cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStatus* status) {
+    EmuLock lock;
     EmuStream* stream = stream_of(handle);
     if (stream == NULL) return emu_error(cudaErrorInvalidResourceHandle);
     *status = stream->capture == nullptr ? cudaStreamCaptureStatusNone
@@ -229,6 +233,7 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStatus* 
 }
 
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long) {
+    EmuLock lock;
     if (graph == NULL) return emu_error(cudaErrorInvalidValue);
     *exec = new EmuGraphExec{graph->nodes};
     return cudaSuccess;
@@ -254,14 +259,17 @@ static void replay(const std::vector<OperationRef>& nodes) {
 }
 
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
+    EmuLock lock;
     if (exec == NULL) return emu_error(cudaErrorInvalidValue);
     return emu_enqueue(stream, [nodes = exec->nodes] { replay(nodes); });
 }
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+    EmuLock lock;
     delete graph;
     return cudaSuccess;
 }
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
+    EmuLock lock;
     delete exec;
     return cudaSuccess;
 }
@@ -270,19 +278,23 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
 // streams
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
+    EmuLock lock;
     if (emu_need_device() != cudaSuccess) return cudaPeekAtLastError();
     *stream = new EmuStream{(flags & cudaStreamNonBlocking) == 0, {}, {}, nullptr, nullptr};
     streams.push_back(*stream);
     return cudaSuccess;
 }
 cudaError_t cudaStreamCreate(cudaStream_t* stream) {
+    EmuLock lock;
     return cudaStreamCreateWithFlags(stream, cudaStreamDefault);
 }
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned flags, int) {
+    EmuLock lock;
     return cudaStreamCreateWithFlags(stream, flags);
 }
 
 cudaError_t cudaStreamDestroy(cudaStream_t handle) {
+    EmuLock lock;
     EmuStream* stream = stream_of(handle);
     if (stream == NULL || stream == &default_stream) return emu_error(cudaErrorInvalidResourceHandle);
     drain(stream); // CUDA returns at once and lets the work end; here there is nobody else to do it
@@ -293,6 +305,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t handle) {
 }
 
 cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
+    EmuLock lock;
     if (emu_need_device() != cudaSuccess) return cudaPeekAtLastError();
     EmuStream* stream = stream_of(handle);
     if (stream == NULL) return emu_error(cudaErrorInvalidResourceHandle);
@@ -306,6 +319,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
 }
 
 cudaError_t cudaDeviceSynchronize(void) {
+    EmuLock lock;
     if (emu_need_device() != cudaSuccess) return cudaPeekAtLastError();
     cudaError_t forbidden = emu_forbidden_in_capture();
     if (forbidden == cudaSuccess) emu_drain();
@@ -323,6 +337,7 @@ static cudaError_t query(EmuStream* stream, const OperationRef& op) {
 }
 
 cudaError_t cudaStreamQuery(cudaStream_t handle) {
+    EmuLock lock;
     EmuStream* stream = stream_of(handle);
     if (stream == NULL) return emu_error(cudaErrorInvalidResourceHandle);
     if (stream->capture != nullptr) return invalidate(stream->capture, cudaErrorStreamCaptureUnsupported);
@@ -330,6 +345,7 @@ cudaError_t cudaStreamQuery(cudaStream_t handle) {
 }
 
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* argument) {
+    EmuLock lock;
     return emu_enqueue(stream, [=] { function(argument); });
 }
 
@@ -350,18 +366,21 @@ static EmuStream* stream_with(const OperationRef& op) {
 }
 
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags) {
+    EmuLock lock;
     if (emu_need_device() != cudaSuccess) return cudaPeekAtLastError();
     *event = new EmuEvent{(flags & cudaEventDisableTiming) == 0, nullptr, std::make_shared<double>(0)};
     return cudaSuccess;
 }
 cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, cudaEventDefault); }
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
+    EmuLock lock;
     if (event == NULL) return emu_error(cudaErrorInvalidResourceHandle);
     delete event;
     return cudaSuccess;
 }
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t handle) {
+    EmuLock lock;
     EmuStream* stream = stream_of(handle);
     cudaError_t error;
     if (event == NULL || stream == NULL) return emu_error(cudaErrorInvalidResourceHandle);
@@ -372,6 +391,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t handle) {
 }
 
 cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned) {
+    EmuLock lock;
     EmuStream* stream = stream_of(handle);
     if (event == NULL || stream == NULL) return emu_error(cudaErrorInvalidResourceHandle);
     const OperationRef& op = event->recorded;
@@ -389,6 +409,7 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned
 }
 
 cudaError_t cudaEventQuery(cudaEvent_t event) {
+    EmuLock lock;
     if (event == NULL) return emu_error(cudaErrorInvalidResourceHandle);
     if (event->recorded == nullptr || event->recorded->done) return cudaSuccess;
     if (event->recorded->captured) return invalidate(event->recorded->capture.lock(), cudaErrorCapturedEvent);
@@ -396,6 +417,7 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
 }
 
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+    EmuLock lock;
     if (event == NULL) return emu_error(cudaErrorInvalidResourceHandle);
     if (event->recorded == nullptr || event->recorded->done) return cudaSuccess;
     if (event->recorded->captured) return invalidate(event->recorded->capture.lock(), cudaErrorCapturedEvent);
@@ -404,6 +426,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
 }
 
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t begin, cudaEvent_t end) {
+    EmuLock lock;
     if (begin == NULL || end == NULL || !begin->timing || !end->timing || begin->recorded == nullptr ||
         end->recorded == nullptr)
         return emu_error(cudaErrorInvalidResourceHandle);

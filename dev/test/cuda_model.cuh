@@ -20,13 +20,13 @@ struct ModelCase {
 };
 
 static const ModelCase model_cases[] = {
-    {"GPT-2", "gpt2", 157, 64, 2, 4, 4, 16, 256, true, true},
+    {"GPT-2", "gpt2", 157, 128, 2, 2, 2, 64, 256, true, true},
     {"GPT-2 without biases, untied", "gpt2", 130, 64, 2, 1, 1, 64, 192, false, false},
-    {"Llama with grouped queries", "llama", 200, 64, 2, 4, 2, 16, 176, false, false},
-    {"Llama, heads of 64, tied", "llama", 97, 128, 1, 2, 1, 64, 88, false, true},
-    {"Qwen2", "qwen2", 128, 64, 2, 2, 1, 32, 128, true, true},
+    {"Llama with grouped queries", "llama", 200, 64, 2, 2, 1, 64, 176, false, false},
+    {"Llama, heads of 16, tied", "llama", 97, 64, 1, 4, 2, 16, 88, false, true},
+    {"Qwen2", "qwen2", 128, 64, 2, 2, 1, 64, 128, true, true},
 };
-enum { NUM_MODEL_CASES = sizeof model_cases / sizeof model_cases[0], MODEL_T = 40, MODEL_B = 2 };
+enum { NUM_MODEL_CASES = sizeof model_cases / sizeof model_cases[0], MODEL_T = 33, MODEL_B = 2 };
 
 static ModelConfig config_of(const ModelCase& m) {
     ModelConfig c;
@@ -47,7 +47,9 @@ static RunConfig run_of(const ModelConfig& model, int B, int T, int G) {
     memset(&run, 0, sizeof run);
     run.seed = 3, run.model = model;
     run.batch.micro_batch_size = B, run.batch.sequence_length = T, run.batch.global_batch_size = G;
-    run.optimizer.beta1 = 0.9, run.optimizer.beta2 = 0.95, run.optimizer.eps = 1e-8;
+    run.optimizer.beta1 = 0.9, run.optimizer.beta2 = 0.95;
+    run.optimizer.eps =
+        1e-4; // with 1e-8 the rounding noise of a gradient of zero becomes a whole step, of either sign
     run.optimizer.weight_decay = 0.1, run.optimizer.grad_clip = 1;
     run.precision.compute = sizeof(floatX) == sizeof(float) ? COMPUTE_FP32 : COMPUTE_BF16;
     return run;
@@ -460,12 +462,12 @@ struct Outcome {
     double loss;
 };
 
-// Three steps; what the host would write into a checkpoint.
-static Outcome three_steps(const RunConfig& run, const Array& weights, int logit_rows) {
+// Two steps; what the host would write into a checkpoint.
+static Outcome two_steps(const RunConfig& run, const Array& weights, int logit_rows) {
     GPT* g = device_model(run, weights);
     Outcome o;
     if (logit_rows > 0) g->logit_rows = logit_rows;
-    for (int step = 0; step < 3; step++) {
+    for (int step = 0; step < 2; step++) {
         std::vector<int32_t> rows =
             random_rows(run.batch.global_batch_size, MODEL_T, run.model.vocab_size, 50 + (uint64_t)step);
         gpt_load_batch(g, rows.data(), run.batch.global_batch_size, true, 0);
@@ -488,24 +490,24 @@ static bool same(const Outcome& a, const Outcome& b) {
 static void test_model_bits(const ModelCase& m) {
     ModelConfig c = config_of(m);
     Array weights = random_weights(c, 9);
-    RunConfig run = run_of(c, MODEL_B, MODEL_T, 2 * MODEL_B);
+    RunConfig run = run_of(c, MODEL_B, MODEL_T, MODEL_B);
     static const char* const levels[] = {"none", "activation", "norm", "block"};
-    Outcome plain = three_steps(run, weights, 0);
-    tap_check(same(plain, three_steps(run, weights, 0)), "%s: two runs are equal to the bit", m.name);
+    Outcome plain = two_steps(run, weights, 0);
+    tap_check(same(plain, two_steps(run, weights, 0)), "%s: two runs are equal to the bit", m.name);
     for (int level = RECOMPUTE_ACTIVATION; level <= RECOMPUTE_BLOCK; level++) {
         run.batch.recompute = level;
-        tap_check(same(plain, three_steps(run, weights, 0)), "%s: recompute %s is equal to the bit to none",
+        tap_check(same(plain, two_steps(run, weights, 0)), "%s: recompute %s is equal to the bit to none",
                   m.name, levels[level]);
     }
     run.batch.recompute = RECOMPUTE_NONE;
     run.parallel.cuda_graph = true;
-    tap_check(same(plain, three_steps(run, weights, 0)), "%s: a CUDA graph is equal to the bit", m.name);
+    tap_check(same(plain, two_steps(run, weights, 0)), "%s: a CUDA graph is equal to the bit", m.name);
     run.parallel.cuda_graph = false;
     if (c.family->activation != ACTIVATION_GELU_TANH) return;
     run.precision.fused_gelu = true;
-    Outcome fused = three_steps(run, weights, 0);
+    Outcome fused = two_steps(run, weights, 0);
     run.batch.recompute = RECOMPUTE_BLOCK;
-    tap_check(same(fused, three_steps(run, weights, 0)),
+    tap_check(same(fused, two_steps(run, weights, 0)),
               "%s: recompute block is equal to the bit to none with the fused GELU", m.name);
 }
 
@@ -548,7 +550,7 @@ static void test_model_host_copy(const ModelCase& m) {
 
 static void test_model(void) {
     for (int i = 0; i < NUM_MODEL_CASES; i++) {
-        test_model_gradients(model_cases[i], i % 2 == 1, 80);
+        test_model_gradients(model_cases[i], i % 2 == 1, MODEL_B * MODEL_T);
         if (i == 0 || i == 2) {
             test_model_gradients(model_cases[i], i == 0, 24);
             test_model_steps(model_cases[i]);

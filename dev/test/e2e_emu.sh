@@ -7,7 +7,7 @@ cd "$(dirname "$0")/../.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=halt_on_error=1
-warnings=(-O1 -g -Wall -Wextra -Werror)
+warnings=(-O1 -g -fopenmp -Wall -Wextra -Werror)
 
 # build KIND PROGRAM: plain; asan: AddressSanitizer; check: every load and store is followed
 build() {
@@ -124,6 +124,16 @@ check "EMU_NO_DRIVER: there is none" machine "count: cudaErrorInsufficientDriver
 check "EMU_NO_DRIVER=device: nothing behind the driver" machine "count: cudaErrorNoDevice" EMU_NO_DRIVER=device
 check "EMU_ARCH: an old GPU" machine "architecture: 70" EMU_ARCH=70
 check "EMU_ARCH: runs no kernels" machine "launch: cudaErrorNoKernelImageForDevice" EMU_ARCH=70
+
+check "cuBLASLt, NCCL and NVTX compile" build asan libraries
+check "they refuse what the real ones refuse" "$work/libraries.asan"
+stopped() { # BUG: ends with the code of a finding
+    "$work/libraries.asan" "$1"
+    [ $? -eq 97 ]
+}
+for bug in beyond host in_place nccl_beyond range_open range_closed; do
+    check "misuse of a library is stopped: $bug" stopped $bug
+done
 
 build plain conversions >/dev/null
 check "bf16, fp16 and fp8 by their definition" "$work/conversions.plain"

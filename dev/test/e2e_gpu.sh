@@ -43,6 +43,13 @@ exits() { # CODE 'text in stderr' command...
     cat "$work/err"
     return 1
 }
+exits_internal() { # the same for an internal error
+    local code=$1 text=$2 got
+    shift 2
+    "$@" >/dev/null
+    got=$?
+    [ "$got" -eq "$code" ] && grep -qF -- "$text" "$work/err" && grep -q '^internal error' "$work/err"
+}
 json() { grep -F -- "$1" | tail -n 1 | grep -oE "\"$2\":[-0-9.e+]+" | cut -d: -f2; } # FILTER KEY
 near() { awk -v a="$1" -v b="$2" -v d="$3" 'BEGIN { e = a - b; exit !(a != "" && b != "" && e < d && e > -d) }'; }
 last=checkpoints/step_00000008
@@ -152,10 +159,14 @@ exact() { EMU_MEMORY=$planned train "$@"; }
 check "with exactly that the run runs" exact tiny_gpt2 exact
 less() { EMU_MEMORY=$((planned - 1)) train "$@"; }
 check "with a byte less it is refused: exit 71" exits 71 "batch.recompute=" less tiny_gpt2 none
+refused() { EMU_CUBLASLT_REFUSE=GELU_AUX_BIAS train "$@"; }
+check "no fused GELU in cuBLASLt: exit 70, and what to set" exits_internal 70 "precision.fused_gelu=false" refused tiny_gpt2 none
 absent() { EMU_NO_DRIVER=1 train "$@"; }
 check "no driver: exit 69" exits 69 "driver" absent tiny_gpt2 none
 old() { EMU_ARCH=75 train "$@"; }
 check "an old GPU: exit 69" exits 69 "sm_75" old tiny_gpt2 none
-plan_absent() { EMU_NO_DRIVER=1 with "$program" plan tiny_gpt2 none | grep -q "^  total"; }
+plan_refused() { EMU_CUBLASLT_REFUSE=GELU_AUX_BIAS train "$@"; }
+check "no fused GELU in cuBLASLt: exit 70, and what to set" exits_internal 70 "precision.fused_gelu=false" refused tiny_gpt2 none
+absent() { EMU_NO_DRIVER=1 with "$program" plan tiny_gpt2 none | grep -q "^  total"; }
 check "plan without a driver" plan_absent
 finish

@@ -67,7 +67,10 @@ int gpt_memory(const RunConfig* run, bool training, MemoryLine lines[MEMORY_LINE
     return 2;
 }
 uint64_t gpt_memory_limit(void) { return world.memory_limit; }
-double gpt_peak_flops(void) { return 1e9; }
+double gpt_peak_flops(const RunConfig* run) {
+    (void)run;
+    return 1e9;
+}
 void gpt_measure(const RunConfig* run, double* matmul_rate, double* copy_rate) {
     (void)run;
     *matmul_rate = *copy_rate = 0;

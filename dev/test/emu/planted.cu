@@ -147,14 +147,15 @@ __global__ void write_after_reads(float* x, bool fixed) { // three warps read, o
     x[threadIdx.x] = value;
 }
 
-__global__ void last_reader_writes(float* x, bool fixed) { // all lanes of a warp read, and one of them writes
+__global__ void last_reader_writes(float* x,
+                                   bool fixed) { // all lanes of a warp read; the last to do so writes
     __shared__ float a[2];
     float* mine = &a[threadIdx.x / 32];
     if (threadIdx.x % 32 == 0) *mine = 1;
     __syncwarp();
     float value = *mine;
     if (fixed) __syncwarp();
-    if (threadIdx.x % 32 == 31) *mine = value + 1;
+    if (threadIdx.x % 32 == 30) *mine = value + 1; // 31 came last to the barrier and went on first
     x[threadIdx.x] = value;
 }
 
