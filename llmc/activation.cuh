@@ -7,6 +7,8 @@
 #include "llmc/cuda_common.cuh" // defines: floatX, Vec, load_vec, store_vec
 #include "llmc/model.h"         // defines: ActivationKind
 
+enum { ACTIVATION_THREADS = 256 };
+
 static __device__ inline float sigmoid_float(float x) { return 1 / (1 + expf(-x)); }
 
 // sigmoid(2 u) and how fast x * sigmoid(2 u) grows
@@ -38,43 +40,48 @@ static __global__ void gelu_backward_kernel(floatX* dinp, const floatX* dout, co
     store_vec(dinp + i, dy);
 }
 
-// A row of inp holds FF gates, then FF ups.
-static __global__ void swiglu_forward_kernel(floatX* out, const floatX* inp, size_t n, int FF) {
-    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
-    if (i >= n) return;
-    const floatX* gates = inp + i + i / (size_t)FF * (size_t)FF;
+// Block (n, tile) has part of row n. A row of inp holds FF gates, then FF ups.
+static __global__ void swiglu_forward_kernel(floatX* out, const floatX* inp, int FF) {
+    size_t row = (size_t)blockIdx.x * (size_t)FF;
+    int c = (int)(blockIdx.y * blockDim.x + threadIdx.x) * VEC;
+    if (c >= FF) return;
+    const floatX* gates = inp + 2 * row + c;
     Vec<floatX> gate = load_vec(gates), up = load_vec(gates + FF);
     for (int k = 0; k < VEC; k++) {
         float x = to_float(gate.at[k]);
         up.at[k] = from_float<floatX>(x * sigmoid_float(x) * to_float(up.at[k]));
     }
-    store_vec(out + i, up);
+    store_vec(out + row + c, up);
 }
 
-static __global__ void swiglu_backward_kernel(floatX* dinp, const floatX* dout, const floatX* inp, size_t n,
-                                              int FF) {
-    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * VEC;
-    if (i >= n) return;
-    size_t at = i + i / (size_t)FF * (size_t)FF;
-    Vec<floatX> dy = load_vec(dout + i), gate = load_vec(inp + at), up = load_vec(inp + at + (size_t)FF);
+static __global__ void swiglu_backward_kernel(floatX* dinp, const floatX* dout, const floatX* inp, int FF) {
+    size_t row = (size_t)blockIdx.x * (size_t)FF;
+    int c = (int)(blockIdx.y * blockDim.x + threadIdx.x) * VEC;
+    if (c >= FF) return;
+    const floatX* gates = inp + 2 * row + c;
+    Vec<floatX> dy = load_vec(dout + row + c), gate = load_vec(gates), up = load_vec(gates + FF);
     for (int k = 0; k < VEC; k++) {
         float x = to_float(gate.at[k]), d = to_float(dy.at[k]), s = sigmoid_float(x), silu = x * s;
         gate.at[k] = from_float<floatX>(d * to_float(up.at[k]) * (s + silu * (1 - s)));
         up.at[k] = from_float<floatX>(d * silu);
     }
-    store_vec(dinp + at, gate);
-    store_vec(dinp + at + (size_t)FF, up);
+    store_vec(dinp + 2 * row + c, gate);
+    store_vec(dinp + 2 * row + FF + c, up);
+}
+
+static inline dim3 swiglu_grid(int N, int FF) {
+    return dim3((unsigned)N, (unsigned)ceil_div((size_t)FF, ACTIVATION_THREADS * VEC));
 }
 
 // out (N, FF) =; inp (N, FF) for GELU, (N, 2 FF) for SwiGLU
 static inline void activation_forward(floatX* out, const floatX* inp, int N, int FF, int kind,
                                       cudaStream_t stream) {
     size_t n = (size_t)N * (size_t)FF;
-    unsigned blocks = (unsigned)ceil_div(n, 256 * VEC);
+    unsigned blocks = (unsigned)ceil_div(n, ACTIVATION_THREADS * VEC);
     if (kind == ACTIVATION_GELU_TANH)
-        gelu_forward_kernel<<<blocks, 256, 0, stream>>>(out, inp, n);
+        gelu_forward_kernel<<<blocks, ACTIVATION_THREADS, 0, stream>>>(out, inp, n);
     else
-        swiglu_forward_kernel<<<blocks, 256, 0, stream>>>(out, inp, n, FF);
+        swiglu_forward_kernel<<<swiglu_grid(N, FF), ACTIVATION_THREADS, 0, stream>>>(out, inp, FF);
     LAUNCH_CHECK();
 }
 
@@ -82,10 +89,10 @@ static inline void activation_forward(floatX* out, const floatX* inp, int N, int
 static inline void activation_backward(floatX* dinp, const floatX* dout, const floatX* inp, int N, int FF,
                                        int kind, cudaStream_t stream) {
     size_t n = (size_t)N * (size_t)FF;
-    unsigned blocks = (unsigned)ceil_div(n, 256 * VEC);
+    unsigned blocks = (unsigned)ceil_div(n, ACTIVATION_THREADS * VEC);
     if (kind == ACTIVATION_GELU_TANH)
-        gelu_backward_kernel<<<blocks, 256, 0, stream>>>(dinp, dout, inp, n);
+        gelu_backward_kernel<<<blocks, ACTIVATION_THREADS, 0, stream>>>(dinp, dout, inp, n);
     else
-        swiglu_backward_kernel<<<blocks, 256, 0, stream>>>(dinp, dout, inp, n, FF);
+        swiglu_backward_kernel<<<swiglu_grid(N, FF), ACTIVATION_THREADS, 0, stream>>>(dinp, dout, inp, FF);
     LAUNCH_CHECK();
 }

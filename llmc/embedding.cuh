@@ -4,48 +4,71 @@
 #pragma once
 #include "llmc/cuda_common.cuh" // defines: floatX, Vec, load_vec, store_vec
 
-enum { EMBEDDING_THREADS = 128 };
+// Chosen by counting, not yet measured: a warp copies a row; all the rows of a frequent token are summed by
+// the same threads, which therefore have EMBEDDING_BATCH of them on their way at a time.
+enum { EMBEDDING_ROWS = 4, EMBEDDING_THREADS = 128, EMBEDDING_BATCH = 8 };
 
-// out (B, T, C) =; wte (V, C), wpe (T or more, C) or NULL. To decode at position t, pass wpe + t * C and T = 1.
 static __global__ void embedding_forward_kernel(floatX* out, const int* tokens, const floatX* wte,
-                                                const floatX* wpe, size_t vecs, int T, int C) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x, per_row = (size_t)(C / VEC);
-    if (i >= vecs) return;
-    size_t n = i / per_row, c = i % per_row * VEC;
-    Vec<floatX> v = load_vec(wte + (size_t)tokens[n] * (size_t)C + c);
-    if (wpe != NULL) {
-        Vec<floatX> position = load_vec(wpe + n % (size_t)T * (size_t)C + c);
-        for (int k = 0; k < VEC; k++)
-            v.at[k] = from_float<floatX>(to_float(v.at[k]) + to_float(position.at[k]));
+                                                const floatX* wpe, int N, int T, int C) {
+    int n = (int)(blockIdx.x * EMBEDDING_ROWS + threadIdx.y);
+    if (n >= N) return;
+    const floatX* token = wte + (size_t)tokens[n] * (size_t)C;
+    const floatX* position = wpe + (wpe != NULL ? (size_t)(n % T) * (size_t)C : 0);
+    floatX* row = out + (size_t)n * (size_t)C;
+#pragma unroll 4
+    for (int c = (int)threadIdx.x * VEC; c < C; c += WARP * VEC) {
+        Vec<floatX> v = load_vec(token + c);
+        if (wpe != NULL) {
+            Vec<floatX> p = load_vec(position + c);
+            for (int k = 0; k < VEC; k++) v.at[k] = from_float<floatX>(to_float(v.at[k]) + to_float(p.at[k]));
+        }
+        store_vec(row + c, v);
     }
-    store_vec(out + n * (size_t)C + c, v);
 }
 
+// out (B, T, C) =; wte (V, C), wpe (T or more, C) or NULL. To decode at t: T = 1 and wpe + t * C.
 static inline void embedding_forward(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe,
                                      int B, int T, int C, cudaStream_t stream) {
-    size_t vecs = (size_t)B * (size_t)T * (size_t)(C / VEC);
-    embedding_forward_kernel<<<(unsigned)ceil_div(vecs, EMBEDDING_THREADS), EMBEDDING_THREADS, 0, stream>>>(
-        out, tokens, wte, wpe, vecs, T, C);
+    unsigned blocks = (unsigned)ceil_div((size_t)B * (size_t)T, EMBEDDING_ROWS);
+    embedding_forward_kernel<<<blocks, dim3(WARP, EMBEDDING_ROWS), 0, stream>>>(out, tokens, wte, wpe, B * T,
+                                                                                T, C);
     LAUNCH_CHECK();
 }
 
-// Adds sum (VEC elements) to a gradient.
+// VEC gradients: 16 bytes, or 32 or 8 where their type is not the activations'.
+template <typename Grad> struct alignas(VEC * sizeof(Grad) < 16 ? VEC * sizeof(Grad) : 16) GradVec {
+    Grad at[VEC];
+};
+
+// Adds sum to VEC elements of a gradient.
 template <typename Grad> static __device__ inline void add_to_gradient(Grad* gradient, const float sum[VEC]) {
-    for (int k = 0; k < VEC; k++) gradient[k] = from_float<Grad>(to_float(gradient[k]) + sum[k]);
+    GradVec<Grad>* place = reinterpret_cast<GradVec<Grad>*>(gradient);
+    GradVec<Grad> v = *place;
+    for (int k = 0; k < VEC; k++) v.at[k] = from_float<Grad>(to_float(v.at[k]) + sum[k]);
+    *place = v;
 }
 
 // Block (i, tile) has position i of `order`: if that is the first of its token, it sums the rows of all the
-// token's positions; otherwise there is nothing to do.
+// token's positions; otherwise there is nothing to do. The rows of a batch are all on their way before the
+// first of them is added.
 template <typename Grad>
-static __global__ void token_gradient_kernel(Grad* dwte, const floatX* dout, const int* tokens,
-                                             const int* order, int N, int C) {
+static __global__ void __launch_bounds__(EMBEDDING_THREADS)
+    token_gradient_kernel(Grad* dwte, const floatX* dout, const int* tokens, const int* order, int N, int C) {
     int i = (int)blockIdx.x, token = tokens[order[i]];
     int c = ((int)blockIdx.y * EMBEDDING_THREADS + (int)threadIdx.x) * VEC;
     if (c >= C || (i > 0 && tokens[order[i - 1]] == token)) return;
     float sum[VEC] = {0};
-    for (; i < N && tokens[order[i]] == token; i++) {
-        Vec<floatX> v = load_vec(dout + (size_t)order[i] * (size_t)C + (size_t)c);
-        for (int k = 0; k < VEC; k++) sum[k] += to_float(v.at[k]);
+    bool more = true;
+    for (; more; i += EMBEDDING_BATCH) {
+        int row[EMBEDDING_BATCH];
+        Vec<floatX> v[EMBEDDING_BATCH] = {};
+        for (int k = 0; k < EMBEDDING_BATCH; k++) row[k] = i + k < N ? order[i + k] : -1;
+        for (int k = 0; k < EMBEDDING_BATCH; k++) {
+            more = row[k] >= 0 && tokens[row[k]] == token;
+            if (more) v[k] = load_vec(dout + (size_t)row[k] * (size_t)C + (size_t)c);
+        }
+        for (int k = 0; k < EMBEDDING_BATCH; k++)
+            for (int j = 0; j < VEC; j++) sum[j] += to_float(v[k].at[j]); // 0 beyond the token's last
     }
     add_to_gradient(dwte + (size_t)token * (size_t)C + (size_t)c, sum);
 }
@@ -55,6 +78,7 @@ static __global__ void position_gradient_kernel(Grad* dwpe, const floatX* dout, 
     int t = (int)blockIdx.x, c = ((int)blockIdx.y * EMBEDDING_THREADS + (int)threadIdx.x) * VEC;
     if (c >= C) return;
     float sum[VEC] = {0};
+#pragma unroll 4
     for (int b = 0; b < B; b++) {
         Vec<floatX> v = load_vec(dout + ((size_t)b * (size_t)T + (size_t)t) * (size_t)C + (size_t)c);
         for (int k = 0; k < VEC; k++) sum[k] += to_float(v.at[k]);

@@ -3,39 +3,44 @@
 // so v is not even read here. Source: Su et al., RoFormer, 2021; the angles: llmc/rope.h.
 //     reads and writes (NH + NKV) / (NH + 2 NKV) of qkv once
 #pragma once
-#include "llmc/cuda_common.cuh" // defines: floatX, to_float, from_float
+#include "llmc/cuda_common.cuh" // defines: floatX, Vec, load_vec, to_float, from_float
 
-enum { ROPE_PAIRS = 4 }; // to a thread: HS / 2 is a multiple of 4, and 4 angles are 16 bytes
+enum { ROPE_THREADS = 128 };
 
-typedef struct alignas(ROPE_PAIRS * sizeof(floatX)) {
-    floatX at[ROPE_PAIRS];
-} RopeVec;
+// 16 bytes of elements, or half of that where HS / 2 is no multiple of it.
+template <int PAIRS> struct alignas(PAIRS * sizeof(floatX)) RopeVec { floatX at[PAIRS]; };
 
-// direction 1 turns forward, -1 back: the gradient of a rotation is the rotation back
+// A block has row n. direction 1 turns forward, -1 back: the gradient of a rotation is the rotation back
+template <int PAIRS>
 static __global__ void rope_kernel(floatX* qkv, const float* cos_table, const float* sin_table, int offset,
-                                   int T, int NH, int NKV, int HS, size_t rows, float direction) {
-    size_t per_head = (size_t)(HS / 2 / ROPE_PAIRS), heads = (size_t)(NH + NKV);
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= rows * heads * per_head) return;
-    size_t pair = i % per_head * ROPE_PAIRS, head = i / per_head % heads, n = i / per_head / heads;
-    size_t angle = ((size_t)offset + n % (size_t)T) * (size_t)(HS / 2) + pair;
-    floatX* x = qkv + n * (size_t)((NH + 2 * NKV) * HS) + head * (size_t)HS + pair;
-    floatX* y = x + HS / 2;
-    Vec<float> cosine = load_vec(cos_table + angle), sine = load_vec(sin_table + angle);
-    RopeVec a = *(RopeVec*)x, b = *(RopeVec*)y;
-    for (int k = 0; k < ROPE_PAIRS; k++) {
-        float u = to_float(a.at[k]), v = to_float(b.at[k]), s = direction * sine.at[k];
-        a.at[k] = from_float<floatX>(u * cosine.at[k] - v * s);
-        b.at[k] = from_float<floatX>(v * cosine.at[k] + u * s);
+                                   int T, int NH, int NKV, int HS, float direction) {
+    int n = (int)blockIdx.x, half = HS / 2, per_head = half / PAIRS;
+    size_t angles = (size_t)(offset + n % T) * (size_t)half;
+    floatX* row = qkv + (size_t)n * (size_t)((NH + 2 * NKV) * HS);
+    for (int i = (int)threadIdx.x; i < (NH + NKV) * per_head; i += ROPE_THREADS) {
+        int pair = i % per_head * PAIRS;
+        RopeVec<PAIRS>* x = reinterpret_cast<RopeVec<PAIRS>*>(row + i / per_head * HS + pair);
+        RopeVec<PAIRS>* y = reinterpret_cast<RopeVec<PAIRS>*>(row + i / per_head * HS + half + pair);
+        RopeVec<PAIRS> a = *x, b = *y;
+        for (int first = 0; first < PAIRS; first += Vec<float>::SIZE) {
+            Vec<float> cosine = load_vec(cos_table + angles + pair + first);
+            Vec<float> sine = load_vec(sin_table + angles + pair + first);
+            for (int k = 0; k < Vec<float>::SIZE; k++) {
+                float u = to_float(a.at[first + k]), v = to_float(b.at[first + k]),
+                      s = direction * sine.at[k];
+                a.at[first + k] = from_float<floatX>(u * cosine.at[k] - v * s);
+                b.at[first + k] = from_float<floatX>(v * cosine.at[k] + u * s);
+            }
+        }
+        *x = a, *y = b;
     }
-    *(RopeVec*)x = a, *(RopeVec*)y = b;
 }
 
 static inline void rope_rotate(floatX* qkv, const float* cos_table, const float* sin_table, int offset, int B,
                                int T, int NH, int NKV, int HS, float direction, cudaStream_t stream) {
-    size_t rows = (size_t)B * (size_t)T, threads = rows * (size_t)((NH + NKV) * (HS / 2 / ROPE_PAIRS));
-    rope_kernel<<<(unsigned)ceil_div(threads, 256), 256, 0, stream>>>(qkv, cos_table, sin_table, offset, T,
-                                                                      NH, NKV, HS, rows, direction);
+    auto kernel = HS / 2 % VEC == 0 ? rope_kernel<VEC> : rope_kernel<4>; // HS is a multiple of 8
+    kernel<<<(unsigned)(B * T), ROPE_THREADS, 0, stream>>>(qkv, cos_table, sin_table, offset, T, NH, NKV, HS,
+                                                           direction);
     LAUNCH_CHECK();
 }
 

@@ -1,6 +1,7 @@
 // The layers that are bound by memory, forward and backward, in every option, against the reference layers in
-// fp64. The yardstick is the plain formula in the same precision: fp32 arithmetic with sums from left to right,
-// what is stored rounded to floatX. Outputs that are set (=) start poisoned, those added to (+=) random.
+// fp64. The yardstick is the plain formula in the same precision: fp32 arithmetic with sums from left to
+// right, what is stored rounded to floatX. Outputs that are set (=) start poisoned, those added to (+=)
+// random.
 #pragma once
 #include "dev/test/cuda_harness.cuh" // defines: cpu, judge, tap_check, random_values, to_device, to_host ...
 #include "llmc/activation.cuh"       // defines: activation_forward, activation_backward
@@ -23,12 +24,22 @@ struct NormCase {
     double mean; // of the inputs: far from zero, where a careless variance loses its digits
 };
 static const NormCase norm_cases[] = {
-    {1, 8, NORM_LAYERNORM, true, 0},    {7, 64, NORM_LAYERNORM, false, 0},
-    {5, 264, NORM_LAYERNORM, true, 3},  {33, 768, NORM_LAYERNORM, true, 0},
-    {3, 1600, NORM_LAYERNORM, true, 0}, {600, 64, NORM_LAYERNORM, true, 0},
-    {2, 4104, NORM_LAYERNORM, true, 0}, {1, 8, NORM_RMSNORM, false, 0},
-    {13, 72, NORM_RMSNORM, false, 1},   {9, 2048, NORM_RMSNORM, false, 0},
-    {2, 8200, NORM_RMSNORM, false, 0},  {2, 12296, NORM_LAYERNORM, true, 0},
+    {1, 8, NORM_LAYERNORM, true, 0},
+    {7, 64, NORM_LAYERNORM, false, 0},
+    {5, 264, NORM_LAYERNORM, true, 3},
+    {33, 768, NORM_LAYERNORM, true, 0},
+    {3, 1600, NORM_LAYERNORM, true, 0},
+    {600, 64, NORM_LAYERNORM, true, 0},
+    {2, 4104, NORM_LAYERNORM, true, 0},
+    {1, 8, NORM_RMSNORM, false, 0},
+    {13, 72, NORM_RMSNORM, false, 1},
+    {9, 2048, NORM_RMSNORM, false, 0},
+    {2, 8200, NORM_RMSNORM, false, 0},
+    {2, 12296, NORM_LAYERNORM, true, 0},
+    // more threads than the kernel for common sizes has; more rows than parts
+    {1, 16392, NORM_LAYERNORM, true, 0},
+    {300, 2056, NORM_LAYERNORM, true, 0},
+    {300, 2056, NORM_RMSNORM, false, 0},
 };
 
 // In fp32, one number after the other.
@@ -201,9 +212,12 @@ static void test_embedding(int B, int T, int C, int V, bool positions, bool one_
     floatX *dev_wte = to_device<floatX>(wte, table), *dev_wpe = to_device<floatX>(wpe, places),
            *dev_out = poisoned_device<floatX>(n), *dev_dout = to_device<floatX>(dout, n);
     Grad *dev_dwte = to_device<Grad>(dwte, table), *dev_dwpe = to_device<Grad>(dwpe, places);
+    Grad *again_dwte = to_device<Grad>(dwte, table), *again_dwpe = to_device<Grad>(dwpe, places);
     embedding_forward(dev_out, dev_tokens, dev_wte, positions ? dev_wpe : NULL, B, T, C, test_stream);
     embedding_backward(dev_dwte, positions ? dev_dwpe : (Grad*)NULL, dev_dout, dev_tokens, dev_order, B, T, C,
                        test_stream);
+    embedding_backward(again_dwte, positions ? again_dwpe : (Grad*)NULL, dev_dout, dev_tokens, dev_order, B,
+                       T, C, test_stream);
     Array plain_dwte(table), plain_dwpe(places);
     for (size_t i = 0; i < table; i++)
         plain_dwte[i] = (double)to_float(rounded_to<Grad>((double)plain_wte[i]));
@@ -217,6 +231,8 @@ static void test_embedding(int B, int T, int C, int V, bool positions, bool one_
           table);
     judge((std::string(name) + ": dwpe").c_str(), to_host(dev_dwpe, places), plain_dwpe.data(), true_dwpe,
           places);
+    tap_check(same_bits(dev_dwte, again_dwte, table) && same_bits(dev_dwpe, again_dwpe, places),
+              "%s: backward twice, the same bits", name);
     release_all();
 }
 
@@ -320,7 +336,11 @@ static void test_classifier(int N, int V, double spread, double scale) {
            *losses = own_host<double>((size_t)N), *plain_losses = own_host<double>((size_t)N);
     std::vector<int> targets((size_t)N);
     for (size_t i = 0; i < targets.size(); i++)
-        targets[i] = i % 5 == 3 ? -1 : (int)(random_bits(6, RANDOM_DATA, 0, i).x[0] % (uint32_t)V);
+        targets[i] = i % 5 == 3 ? -1
+                     : i == 0   ? V - 1
+                                : (int)(random_bits(6, RANDOM_DATA, 0, i).x[0] % (uint32_t)V);
+    for (size_t i = 0; i < n; i++) // nobody may read the padding
+        if (i % (size_t)Vp >= (size_t)V) x[i] = truth[i] = NAN;
     cpu::classifier(losses, truth, targets.data(), scale, N, V, Vp, true);
     for (int i = 0; i < N; i++) {
         const double* row = x + (size_t)i * (size_t)Vp;
@@ -352,7 +372,7 @@ static void test_classifier(int N, int V, double spread, double scale) {
 
 static void test_layers(void) {
     for (const NormCase& c : norm_cases) test_norm(c);
-    const int sizes[][2] = {{1, 8}, {37, 264}, {700, 72}, {5, 4104}};
+    const int sizes[][2] = {{1, 8}, {37, 264}, {700, 72}, {5, 4104}, {9000, 16}, {2100, 520}};
     for (const int* s : sizes) {
         test_column_sums<float>(s[0], s[1]);
         if (sizeof(floatX) == 2) test_column_sums<floatX>(s[0], s[1]);
@@ -366,14 +386,17 @@ static void test_layers(void) {
     test_rope(2, 5, 4, 2, 64, 0);
     test_rope(1, 3, 1, 1, 8, 7);
     test_rope(1, 33, 7, 1, 40, 0);
+    test_rope(1, 3, 24, 8, 80, 2);
     test_rope(2, 2, 3, 3, 128, 1);
     for (int kind = ACTIVATION_GELU_TANH; kind <= ACTIVATION_SWIGLU; kind++) {
         test_activation(1, 8, kind, 1);
         test_activation(7, 264, kind, 4);
         test_activation(33, 176, kind, 12);
+        test_activation(2, 2056, kind, 100);
     }
     test_classifier(9, 157, 1, 1.0 / 64);
     test_classifier(6, 8, 3, 1);
     test_classifier(5, 128, 30, 0.5);
     test_classifier(6, 9000, 8, 1e-3);
+    test_classifier(2, 1, 1, 1);
 }
