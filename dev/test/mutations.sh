@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Do the tests bite? Applies the mutations of dev/test/mutations.txt one at a time to a copy of the tree, builds
-# test_gpt2_emu there and runs it: every mutation must make it fail (or not compile, which the list may not rely on).
+# Do the tests bite? Applies the mutations of dev/test/mutations.txt one at a time to a copy of the tree, builds the
+# group of test_gpt2_emu that is named beside it, and runs that: every mutation must make it fail. One that does not
+# compile is a mistake of the list.
 #
 #   dev/test/mutations.sh [FIRST [LAST]]     numbers of the list; all by default; `make mutations`
 #
@@ -13,6 +14,16 @@ list=dev/test/mutations.txt first=${1:-1} last=${2:-$(grep -c . "$list")}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cp -r Makefile ./*.c ./*.cu llmc dev scripts configs "$work"
+for group in $(cut -f 2 "$list" | sort -u); do
+    [ "$group" != model ] || printf '#define TESTING\n#include "train_gpt.cu"\n' >"$work/$group.cu"
+    printf '#include "dev/test/cuda_%s.cuh"\nint main(void) { test_%s(); return tap_finish(); }\n' "$group" "$group" \
+        >>"$work/$group.cu"
+done
+make -s -C "$work" DNNL=0 build/reference.o build/reference32.o >/dev/null || exit 70
+build() { # GROUP
+    cd "$work" && dev/emu/compile ./mutant "$1.cu" -O1 -march=native -fopenmp -w build/reference.o build/reference32.o \
+        -lcjson -lxxhash -lpcre2-8 -lz -lzstd
+}
 survived=0 number=0
 
 mutate() { # FILE OLD NEW
@@ -34,11 +45,11 @@ while IFS=$'\t' read -r file group old new what; do
     if ! (cd "$work" && mutate "$file" "$old" "$new"); then
         echo "not ok $number - $file: the list does not fit: $what"
         survived=$((survived + 1))
-    elif ! make -s -C "$work" WARNINGS=-w build/fast/test_gpt2_emu >"$work/log" 2>&1; then
+    elif ! (build "$group") >"$work/log" 2>&1; then
         echo "not ok $number - $file: does not compile: $what"
         tail -n 5 "$work/log" | sed 's/^/#   /'
         survived=$((survived + 1))
-    elif (cd "$work" && timeout 600 build/fast/test_gpt2_emu "$group") >"$work/log" 2>&1; then
+    elif (cd "$work" && timeout 600 ./mutant) >"$work/log" 2>&1; then
         echo "not ok $number - $file: SURVIVED: $what"
         survived=$((survived + 1))
     else
