@@ -221,8 +221,8 @@ static void lay_out_shared_scratch(GPT* g, Arena* arena, bool training) {
     const ModelConfig* c = &g->config;
     size_t N = rows_of(g), Vp = model_dim(c, DIM_VOCAB), begin = arena->used, end;
     size_t rows = LOGIT_BYTES / (Vp * sizeof(floatX)), chunks = ceil_div(N, rows);
-    rows = ceil_div(N, chunks); // equal chunks
-    g->logit_rows = (int)ceil_div(rows, 8) * 8;
+    rows = ceil_div(N, chunks);                     // equal chunks
+    g->logit_rows = (int)ceil_div(rows, 128) * 128; // whole tiles of the matmul
     arena_take(&g->logits, arena, (size_t)g->logit_rows * Vp);
     end = arena->used, arena->used = begin;
     char* attention;
@@ -468,6 +468,7 @@ static void block_recompute(GPT* g, int l, int B) {
     LayerActivations* a = &g->layers[l];
     Norm norm = norm_before(g, l);
     int N = B * g->T;
+    if (l == c->num_hidden_layers - 1) return; // it was the last to write what all layers share
     if (g->recompute == RECOMPUTE_BLOCK) {
         norm_forward(norm.out, norm.mean, norm.rstd, residual_into(g, l), norm.weight, norm.bias, N,
                      c->hidden_size, (float)c->norm_eps, c->family->norm, g->stream);
@@ -546,7 +547,7 @@ static void micro_step(GPT* g) {
 }
 
 // The same through a CUDA graph, recorded at the second call: the first makes the plans of all matmuls, and
-// autotuning cannot be recorded.
+// autotuning cannot be recorded. grad_scale is part of it: every step of a run has as many targets.
 static void micro_step_through_graph(GPT* g) {
     if (!g->plans_made) {
         micro_step(g);
@@ -650,7 +651,6 @@ StepResult gpt_finish_step(GPT* g) {
 
 // The loss of every token of at most B rows (num_rows, T + 1), for evaluation; valid until the next call.
 const float* gpt_losses(GPT* g, const int32_t* rows, int num_rows, bool document_mask, int eot_id) {
-    float scale = g->grad_scale;
     fill_batch(g, g->eval_batch, rows, num_rows, document_mask, eot_id);
     upload_batch(g, g->eval_batch);
     gpt_forward(g, num_rows);
@@ -658,7 +658,6 @@ const float* gpt_losses(GPT* g, const int32_t* rows, int num_rows, bool document
     CUDA_CHECK(cudaMemcpyAsync(g->host_losses, g->losses, (size_t)(num_rows * g->T) * sizeof(float),
                                cudaMemcpyDeviceToHost, g->stream));
     CUDA_CHECK(cudaStreamSynchronize(g->stream));
-    g->grad_scale = scale;
     return g->host_losses;
 }
 
@@ -724,8 +723,7 @@ bool gpt_create(GPT* g, const RunConfig* run, int B, int T, bool training, Error
     }
     if (!create_host_buffers(g, training ? run->batch.global_batch_size : 0, err)) return false;
     if (g->rope_cos != NULL) upload_rope_table(g);
-    CUDA_CHECK(cudaStreamSynchronize(g->stream));
-    if (training && run->checkpoint.every > 0) gpt_host_state(g); // rather now than in the middle of the run
+    CUDA_CHECK(cudaDeviceSynchronize());
     char choices[PATH_MAX];
     bool tune = training && run->parallel.autotune;
     return (!tune || path_join(choices, run->log.run_dir, "matmul_algorithms.txt", err)) &&
@@ -806,6 +804,7 @@ void gpt_init_weights(GPT* g, uint64_t seed) {
             upload_weights(g, tensor_offset(&g->layout, id, l), tensor, g->layout.size[i]);
         }
     }
+    CUDA_CHECK(cudaDeviceSynchronize()); // no other stream waits for copies out of pageable memory
     free(tensor);
 }
 
@@ -828,9 +827,11 @@ HostState gpt_host_state(GPT* g) {
 void gpt_from_host(GPT* g) {
     size_t n = g->layout.num_parameters;
     upload_weights(g, 0, g->host.params, n);
-    if (g->m == NULL) return;
-    upload_moment(g, g->m, g->host.m, n);
-    upload_moment(g, g->v, g->host.v, n);
+    if (g->m != NULL) {
+        upload_moment(g, g->m, g->host.m, n);
+        upload_moment(g, g->v, g->host.v, n);
+    }
+    CUDA_CHECK(cudaDeviceSynchronize()); // as in gpt_init_weights
 }
 
 // The device's bf16 array lies in the upper half of the fp32 one, which it becomes, with low halves if there

@@ -80,6 +80,7 @@ static inline bool command_train(Trainer* t, const char* argument, Error* err) {
     if (!gpt_create(t->gpt, run, run->batch.micro_batch_size, run->batch.sequence_length, true, err) ||
         !load_or_init(t, &resumed, err))
         return false;
+    gpt_host_state(t->gpt); // the memory that checkpoints take: rather now than behind the last step
     // where nothing is left to do, run_config.json stays that of the steps that were done
     bool finished = t->state.step >= (uint64_t)run->schedule.max_steps;
     if ((!finished && !write_run_config(t, err)) || !metrics_open(&t->metrics, run->log.run_dir, err))
