@@ -601,8 +601,8 @@ template <typename Grad, typename Moment>
 static void update_launch(GPT* g, const RunConfig* run, double num_targets) {
     size_t n = g->layout.num_parameters;
     global_norm_squared(g->norm_partials, (const Grad*)g->grads, n, g->stream);
-    update_control(g->control, g->norm_partials, norm_parts<Grad>(n), num_targets, run->optimizer.grad_clip,
-                   run->optimizer.beta1, run->optimizer.beta2, g->stream);
+    update_control(g->control, g->norm_partials, global_norm_parts<Grad>(n), num_targets,
+                   run->optimizer.grad_clip, run->optimizer.beta1, run->optimizer.beta2, g->stream);
     CUDA_CHECK(cudaStreamWaitEvent(g->stream, g->snapshot_done, 0)); // weights may still be being copied
     adamw_update(g->params, g->remainder, (Grad*)g->grads, (Moment*)g->m, (Moment*)g->v, &g->layout, run,
                  g->control, g->stream);
@@ -759,7 +759,7 @@ void gpt_free(GPT* g) {
 // Elements [first, first + count) of the weights from fp32: rounded, and what is left where that is kept.
 static void upload_weights(GPT* g, size_t first, const float* from, size_t count) {
     const size_t PIECE = (size_t)1 << 20;
-    if constexpr (std::is_same_v<floatX, float>) {
+    if (sizeof(floatX) == sizeof(float)) {
         CUDA_CHECK(cudaMemcpy(g->params + first, from, count * sizeof *from, cudaMemcpyHostToDevice));
         return;
     }

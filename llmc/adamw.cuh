@@ -111,15 +111,15 @@ static __device__ inline uint32_t random16(const RandomEight* r, int k) {
     return r->bits.x[k / 2] >> k % 2 * 16;
 }
 
-static __device__ inline void store_floats(float* to, const float x[ADAMW_ELEMENTS], const RandomEight*) {
+static __device__ inline void round_store(float* to, const float x[ADAMW_ELEMENTS], const RandomEight*) {
     for (int first = 0; first < ADAMW_ELEMENTS; first += Vec<float>::SIZE) {
         Vec<float> v;
         for (int k = 0; k < Vec<float>::SIZE; k++) v.at[k] = x[first + k];
         store_vec(to + first, v);
     }
 }
-static __device__ inline void store_floats(__nv_bfloat16* to, const float x[ADAMW_ELEMENTS],
-                                           const RandomEight* random) {
+static __device__ inline void round_store(__nv_bfloat16* to, const float x[ADAMW_ELEMENTS],
+                                          const RandomEight* random) {
     Vec<__nv_bfloat16> v;
     for (int k = 0; k < ADAMW_ELEMENTS; k++)
         v.at[k] = __ushort_as_bfloat16(bf16_stochastic(x[k], random16(random, k)));
@@ -152,7 +152,7 @@ static __device__ inline void load_master(float out[ADAMW_ELEMENTS], const float
 static __device__ inline void store_master(floatX* weights, int16_t* remainder, const float x[ADAMW_ELEMENTS],
                                            const RandomEight* random) {
     if (remainder == NULL) {
-        store_floats(weights, x, random);
+        round_store(weights, x, random);
         return;
     }
     Vec<uint16_t> high;
@@ -187,8 +187,8 @@ static __global__ void __launch_bounds__(ADAMW_THREADS)
     RandomEight for_p = random_for(&h, step, i, ROUNDED_WEIGHTS), for_m = random_for(&h, step, i, ROUNDED_M),
                 for_v = random_for(&h, step, i, ROUNDED_V);
     store_master(weights + i, remainder != NULL ? remainder + i : NULL, p, &for_p);
-    store_floats(m + i, m1, &for_m);
-    store_floats(v + i, m2, &for_v);
+    round_store(m + i, m1, &for_m);
+    round_store(v + i, m2, &for_v);
 }
 
 // weights, remainder, m, v are updated if control says so; grads become zero in any case. remainder is NULL

@@ -35,14 +35,15 @@ static inline void add_sum(double* sum, const float* x, int n, cudaStream_t stre
 
 // How many partial sums the norm of n gradients has: a function of n alone, so that the same sums come out of
 // every card.
-template <typename Grad> static inline int norm_parts(size_t n) {
+template <typename Grad> static inline int global_norm_parts(size_t n) {
     size_t blocks = ceil_div(n, (size_t)NORM_THREADS * Vec<Grad>::SIZE);
     return blocks < NORM_PARTIALS ? (int)blocks : NORM_PARTIALS;
 }
 
-// partials (norm_parts<Grad>(n)) =; their sum is the sum of the squares of grads (n, a multiple of 8)
+// partials (global_norm_parts<Grad>(n)) =; their sum is the sum of the squares of grads (n, a multiple of 8)
 template <typename Grad>
 static inline void global_norm_squared(double* partials, const Grad* grads, size_t n, cudaStream_t stream) {
-    norm_squared_kernel<<<(unsigned)norm_parts<Grad>(n), NORM_THREADS, 0, stream>>>(partials, grads, n);
+    norm_squared_kernel<<<(unsigned)global_norm_parts<Grad>(n), NORM_THREADS, 0, stream>>>(partials, grads,
+                                                                                           n);
     LAUNCH_CHECK();
 }

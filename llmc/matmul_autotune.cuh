@@ -7,7 +7,8 @@
 //
 // The eight words are cublasLtMatmulAlgo_t, which may be stored and used again with the same library version. Of
 // two lines for one product the later counts. A file of another GPU, version or precision is begun anew with a
-// note; a line that is not understood is an error.
+// note; a line that is not understood is an error, but for the start of a last one that a kill cut short, which
+// is dropped.
 #pragma once
 
 enum { MATMUL_TIMINGS = 5 };
@@ -82,6 +83,10 @@ static inline bool choices_load(Matmul* mm, Error* err) {
     if (stat(mm->choices, &status) != 0 && errno == ENOENT) return choices_begin(mm, header, err);
     char* text = read_file(mm->choices, (size_t)1 << 20, &size, err);
     if (text == NULL) return false;
+    while (size > 0 && text[size - 1] != '\n') size--;
+    text[size] = '\0';
+    if (truncate(mm->choices, (off_t)size) != 0)
+        fprintf(stderr, "warning: cannot write %s: %s\n", mm->choices, strerror(errno));
     char *rest = text, *line = strsep(&rest, "\n");
     bool ours = strcmp(line, header) == 0;
     if (!ours && size > 0)

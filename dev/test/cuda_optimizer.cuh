@@ -116,7 +116,7 @@ static StepControl optimizer_step(const OptimizerModel& model, OptimizerState<Gr
     add_sum(&s.control->loss_sum, losses, 3, 0);
     add_sum(&s.control->loss_sum, losses, 3, 0); // two micro-batches
     global_norm_squared(s.partials, s.grads, model.n, 0);
-    update_control(s.control, s.partials, norm_parts<Grad>(model.n), 6, run.optimizer.grad_clip,
+    update_control(s.control, s.partials, global_norm_parts<Grad>(model.n), 6, run.optimizer.grad_clip,
                    run.optimizer.beta1, run.optimizer.beta2, 0);
     adamw_update(s.weights, s.remainder, s.grads, s.m, s.v, &model.layout, &run, s.control, 0);
     CUDA_CHECK(cudaDeviceSynchronize());
@@ -355,7 +355,7 @@ template <typename Grad> static void test_norm_squared(void) {
         partials[run] = poisoned_device<double>(NORM_PARTIALS);
         global_norm_squared(partials[run], grads, n, 0);
         step_control_begin(device, 1, 0, 0);
-        update_control(device, partials[run], norm_parts<Grad>(n), 1, 0, 0.9, 0.95, 0);
+        update_control(device, partials[run], global_norm_parts<Grad>(n), 1, 0, 0.9, 0.95, 0);
     }
     CUDA_CHECK(cudaDeviceSynchronize());
     CUDA_CHECK(cudaMemcpy(&control, device, sizeof control, cudaMemcpyDeviceToHost));
@@ -384,7 +384,7 @@ static void test_norm_of_extremes(void) {
     double* partials = poisoned_device<double>(NORM_PARTIALS);
     auto norm = [&](float* grads) {
         global_norm_squared(partials, grads, n, 0);
-        int parts = norm_parts<float>(n);
+        int parts = global_norm_parts<float>(n);
         double *host = to_host(partials, (size_t)parts), sum = 0;
         for (int i = 0; i < parts; i++) sum += host[i];
         return sqrt(sum);
