@@ -484,7 +484,7 @@ void gpt_load_batch(GPT* g, const int32_t* rows, int num_rows, bool document_mas
     g->document_mask = document_mask, g->eot_id = eot_id;
 }
 
-void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_steps) {
+void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_steps, bool stop) {
     int B = g->B;
     double num_targets = (double)g->num_rows * g->T, loss = 0; // training masks no target
     for (int row = 0; row < g->num_rows; row += B) {
@@ -494,7 +494,7 @@ void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_st
         loss += gpt_loss(g, g->targets, B, (real)(1.0 / num_targets));
         gpt_backward(g, g->inputs, B);
     }
-    StepResult r = {.loss = loss / num_targets};
+    StepResult r = {.loss = loss / num_targets, .stop = stop};
     r.grad_norm = sqrt(global_norm_squared(g->grads, g->layout.num_parameters));
     r.applied = guard_accepts(r.loss, r.grad_norm);
     double clip = run->optimizer.grad_clip;
@@ -521,14 +521,8 @@ const float* gpt_losses(GPT* g, const int32_t* rows, int num_rows, bool document
 
 const float* decoder_logits(const Decoder* d) { return d->logits; }
 
-void gpt_init_weights(GPT* g, uint64_t seed) {
-    for (int i = 0; i < NUM_TENSORS; i++)
-        for (int l = 0; l < tensor_copies(&g->config, i); l++)
-            init_tensor(g->params + tensor_offset(&g->layout, i, l), &g->config, i, l, seed);
-}
-
 // The model lies in the host's memory: nothing to copy, and training stands still while it is written.
-HostState gpt_host_state(GPT* g) { return (HostState){g->params, g->m, g->v}; }
+HostState gpt_host_state(GPT* g) { return (HostState){g->params, g->m, g->v, 0, g->layout.num_parameters}; }
 void gpt_from_host(GPT* g) { (void)g; }
 void gpt_snapshot(GPT* g) { (void)g; }
 void gpt_snapshot_wait(GPT* g) { (void)g; }
@@ -569,6 +563,14 @@ int gpt_memory(const RunConfig* run, bool training, MemoryLine lines[MEMORY_LINE
     return count;
 }
 
+void gpt_choose_device(int local_rank) { (void)local_rank; }
+bool gpt_connect(GPT* g, Control* control, Error* err) {
+    (void)g;
+    return control->size == 1 ||
+           fail(err, EXIT_CONFIG,
+                "%s computes in one process, and %d were started: start one, or use train_gpt", program_name,
+                control->size);
+}
 uint64_t gpt_memory_limit(void) { return physical_memory(); }
 double gpt_peak_flops(const RunConfig* run) {
     (void)run;

@@ -1,13 +1,13 @@
-// train_gpt.cu: the trainer. GPT pre-training in bf16 on one GPU, from a run config to a checkpoint.
+// train_gpt.cu: the trainer. GPT pre-training in bf16 on GPUs, from a run config to a checkpoint.
 //
 // The same algorithm as train_gpt.c, layer by layer, under the same names; what differs is where the numbers
 // live. Matmuls are cuBLASLt's, every other kernel is ours (llmc/*.cuh). Read it from top to bottom:
 //
 //     memory      what is kept for a model and a micro-batch; what lays it out is the planner, too
+//     buckets     what data-parallel ranks share out, gathered before it is used and summed after (ZeRO)
 //     forward     a block is a straight list of layers
 //     backward    the same list upside down
-//     step        micro-batches, norm, update: all on the device, the host waits once, for the loss
-//     host        checkpoints: a copy of the weights and moments in the host's memory
+//     step        a list of forward and backward passes, norm, update: all on the device, the host waits once
 //     decoding    one token at a time, with a cache of keys and values
 //     the program what the run asks of it (llmc/program.h), and main
 //
@@ -15,25 +15,27 @@
 // query heads, NKV key/value heads, HS head size, Q = NH * HS, QKV = Q + 2 * NKV * HS, FF feed-forward size,
 // FC = FF, or 2 FF where a gate lies beside it. A gradient's name is its tensor's with a d in front. Grad is
 // the element type of parameter gradients: float, or floatX (precision.gradients).
-#include "llmc/adamw.cuh"       // defines: StepControl, adamw_update, update_control
-#include "llmc/attention.cuh"   // defines: attention_forward, attention_backward, attention_decode
-#include "llmc/activation.cuh"  // defines: activation_forward, activation_backward
-#include "llmc/classifier.cuh"  // defines: classifier
-#include "llmc/cuda_common.cuh" // defines: floatX, CUDA_CHECK
-#include "llmc/device.cuh"      // defines: Device, device_open
-#include "llmc/embedding.cuh"   // defines: embedding_forward, embedding_backward
-#include "llmc/global_norm.cuh" // defines: global_norm_squared, add_sum
-#include "llmc/matmul.cuh"      // defines: Matmul, matmul_forward, matmul_backward ...
-#include "llmc/norm.cuh"        // defines: norm_forward, residual_norm_forward, norm_backward
-#include "llmc/rope.cuh"        // defines: rope_forward, rope_backward
-#include "llmc/dataloader.h"    // defines: document_starts
-#include "llmc/probe.cuh"       // defines: probe_rates
-#include "llmc/program.h"       // defines: what the run asks of this program
-#include "llmc/token_order.h"   // defines: token_order
+//
+// On many GPUs these are a rank's shares: heads, FF, V and L are divided by the layout (llmc/layout.h) before
+// anything is allocated, and NS = N / tp is its share of the rows between the matmuls.
+#include "llmc/adamw.cuh"           // defines: StepControl, adamw_update, update_control
+#include "llmc/attention.cuh"       // defines: attention_forward, attention_backward, attention_decode
+#include "llmc/activation.cuh"      // defines: activation_forward, activation_backward
+#include "llmc/classifier.cuh"      // defines: classifier, classifier_parts
+#include "llmc/comm.cuh"            // defines: Comm, comm_all_reduce, comm_all_gather ...
+#include "llmc/cuda_common.cuh"     // defines: floatX, CUDA_CHECK
+#include "llmc/device.cuh"          // defines: Device, device_open
+#include "llmc/embedding.cuh"       // defines: embedding_forward, embedding_backward
+#include "llmc/global_norm.cuh"     // defines: global_norm_squared, add_sum
+#include "llmc/matmul.cuh"          // defines: Matmul, matmul_forward, matmul_backward ...
+#include "llmc/norm.cuh"            // defines: norm_forward, residual_norm_forward, norm_backward
+#include "llmc/rope.cuh"            // defines: rope_forward, rope_backward
+#include "llmc/tensor_parallel.cuh" // defines: column_parallel_forward, row_parallel_forward ...
+#include "llmc/dataloader.h"        // defines: document_starts
+#include "llmc/probe.cuh"           // defines: probe_rates
+#include "llmc/program.h"           // defines: what the run asks of this program
+#include "llmc/token_order.h"       // defines: token_order
 
-#ifdef USE_NCCL
-#include <nccl.h>
-#endif
 #include <nvtx3/nvToolsExt.h>
 
 #ifdef TESTING // tests and benchmarks include the model, not main, and take what they need
@@ -97,42 +99,89 @@ enum BatchArray { BATCH_INPUTS, BATCH_TARGETS, BATCH_DOC_START, BATCH_ORDER, NUM
 // The logits of a whole micro-batch never exist at once: the head works on this much of them at a time.
 static const size_t LOGIT_BYTES = (size_t)512 << 20;
 
+// What one micro-batch leaves in a stage between its forward and its backward pass. A pipeline has several.
+typedef struct {
+    LayerActivations* layers; // of the largest chunk
+    floatX *input, *lnf;      // (NS, C) (NS, C): what enters the first layer, what leaves the last norm
+    float *lnf_mean, *lnf_rstd;
+    int* batch;                 // (NUM_BATCH_ARRAYS, N)
+    cudaEvent_t received, read; // the input: has come, may be overwritten
+    cudaEvent_t sent;           // the output
+} Slot;
+
+// State on its way to the host and back goes in pieces of this size.
+static const size_t STAGING_ELEMENTS = (size_t)8 << 20;
+
+// Where a bucket's weights or gradients lie while they are whole, if ranks keep only slices of them (ZeRO 2 and 3,
+// deterministic): the buckets before and behind the layers have one each, layers take two in turn.
+enum { WINDOW_BEFORE, WINDOW_AFTER, WINDOW_LAYER, NUM_WINDOWS = WINDOW_LAYER + 2 };
+typedef struct {
+    void *weights, *grads;
+    int holds;                                // the bucket whose weights are here, -1: none
+    cudaEvent_t gathered, used, grads_summed; // weights: may be read; may be overwritten; gradients: the same
+} Window;
+
+// Streams of a pipeline: to and from the neighbours, for activations and for gradients.
+enum Link { ACTIVATIONS_IN, ACTIVATIONS_OUT, GRADIENTS_IN, GRADIENTS_OUT, NUM_LINKS };
+
+// A forward or backward pass of a chunk: its layers among the stage's, and what else belongs to it.
+typedef struct {
+    Slot* slot;
+    int first, end; // layers [first, end) of this stage
+    bool embedding, head, last_micro_batch;
+} Pass;
+
 struct GPT {
-    ModelConfig config;
+    const RunConfig* run;
+    Layout place;       // in the layout
+    ModelConfig config; // this rank's share of the model
     ParameterLayout layout;
-    int B, T;      // the micro-batch that the activations have room for
-    int recompute; // a Recompute
+    BucketTable* tables; // (num_buckets)
+    int B, T;            // the micro-batch that the activations have room for
+    int recompute;       // a Recompute
+    int zero;            // a ZeroStage; nothing is shared out by one rank
+    bool grad_windows, deterministic;
     bool fused_gelu, moments_bf16, gradients_bf16, split_master;
-    floatX* params;
+    floatX* params;      // every bucket, or (ZeRO 3) a slice of each
     int16_t* remainder;  // the low halves of the fp32 master weights; NULL where the weights are the master
     void *grads, *m, *v; // float, or floatX by precision.gradients and precision.moments
-    LayerActivations* layers;
-    floatX *embedded, *lnf;     // (N, C) (N, C)
-    float *lnf_mean, *lnf_rstd; // (N) (N)
+    Window windows[NUM_WINDOWS];
+    void* ordered; // deterministic: all ranks' parts of a slice
+    Slot* slots;
+    int num_slots;
     float* losses;              // (N)
     float *rope_cos, *rope_sin; // (maxT, HS / 2), NULL with learned positions
-    int* batch;                 // (NUM_BATCH_ARRAYS, N)
     bool document_mask;
     StepControl* control;
-    double* norm_partials;
     // scratch: dead when a block is done with it; arrays in one row never live at the same time as those in
     // another, and share memory
-    floatX* hidden;      // (N, C) a branch's output; in the backward pass
-    floatX* dnorm;       // (N, C) its gradient, in the same place
-    floatX* dresidual;   // (N, C) gradient of the residual stream
-    floatX* logits;      // (logit_rows, Vp)
-    floatX *dact, *dfc;  // (N, FF) (N, FC)
-    floatX *datt, *dqkv; // (N, Q) (N, QKV)
+    floatX* hidden;                // (NS, C) a branch's output; in the backward pass
+    floatX* dnorm;                 // (NS, C) its gradient, in the same place
+    floatX* residual_gradients[2]; // (NS, C) a pipeline receives one while it works on the other
+    floatX* dresidual;             // (NS, C) gradient of the residual stream: one of these
+    floatX* logits;                // (logit_rows, Vp)
+    floatX *dact, *dfc;            // (N, FF) (N, FC)
+    floatX *datt, *dqkv;           // (N, Q) (N, QKV)
+    RowPart* row_parts;            // (tp, logit_rows)
     int logit_rows;
     float* column_scratch; // partial sums of bias and norm gradients
+    float* staging;        // (STAGING_ELEMENTS) state on its way to the host and back
     void *attention_scratch, *matmul_workspace;
     float* bias_scratch;
     Matmul matmul;
     void* memory[NUM_MEMORY_CLASSES]; // the allocations behind all of these
+    // other ranks
+    Comm comm;
+    TensorParallel tp;
+    PipelineList list;
+    int list_micro_batches, passes; // what the list is for; backward passes so far
+    cudaStream_t links[NUM_LINKS], comm_stream;
+    cudaEvent_t hand_over, *weights_ready; // (num_buckets)
+    cudaEvent_t gradient_received[2], gradient_free[2];
     // the host's side of a step
     Device device;
     cudaStream_t stream, copy_stream;
-    cudaEvent_t step_done, snapshot_done;
+    cudaEvent_t step_done, snapshot_done, staged[2];
     int *step_batch[2], *eval_batch; // pinned: the micro-batches of this step and of the next; one more
     int* order_counts;               // scratch of token_order
     int step_slot, step_micro_batches;
@@ -141,8 +190,7 @@ struct GPT {
     float grad_scale;          // 1 / targets of a step
     bool use_graph, plans_made;
     cudaGraphExec_t micro_step_graph;
-    HostState host; // pinned, made when a checkpoint is first read or written
-    int16_t* host_remainder;
+    HostState host; // pinned: the tensors that this rank reads and writes
 };
 
 // Generates one token at a time from a model, whose activations it does not touch.
@@ -172,59 +220,90 @@ template <typename X> static void arena_take(X** piece, Arena* arena, size_t n) 
 }
 
 static size_t rows_of(const GPT* g) { return (size_t)g->B * (size_t)g->T; }
+static size_t shard_rows(const GPT* g) { return rows_of(g) / (size_t)g->place.tp_size; }
+static int num_buckets(const GPT* g) { return g->config.num_hidden_layers + 2; }
+static Bucket bucket_at(const GPT* g, int b) {
+    return parameter_bucket(&g->layout, g->config.num_hidden_layers, b);
+}
 
-// A layer's own memory for what batch.recompute keeps; for the rest, layer 0's.
-static void lay_out_layer(GPT* g, int l, Arena* arena, bool training) {
+// A layer's own memory for what batch.recompute keeps; for the rest, that of the first layer of all.
+static void lay_out_layer(GPT* g, Slot* slot, int l, Arena* arena, bool training) {
     const ModelConfig* c = &g->config;
-    size_t N = rows_of(g), C = model_dim(c, DIM_HIDDEN);
-    LayerActivations *a = &g->layers[l], *first = &g->layers[0];
+    size_t N = rows_of(g), NS = shard_rows(g), C = model_dim(c, DIM_HIDDEN);
+    LayerActivations *a = &slot->layers[l], *shared = &g->slots[0].layers[0];
     int level = training ? g->recompute : RECOMPUTE_BLOCK;
-    bool keep_block = l == 0 || level < RECOMPUTE_BLOCK, keep_norm = l == 0 || level < RECOMPUTE_NORM;
-    bool keep_act = l == 0 || level < RECOMPUTE_ACTIVATION;
-    *a = *first;
-    if (keep_norm) arena_take(&a->ln1, arena, N * C);
+    bool keep_block = a == shared || level < RECOMPUTE_BLOCK,
+         keep_norm = a == shared || level < RECOMPUTE_NORM;
+    bool keep_act = a == shared || level < RECOMPUTE_ACTIVATION;
+    *a = *shared;
+    if (keep_norm) arena_take(&a->ln1, arena, NS * C);
     if (level < RECOMPUTE_NORM)
-        arena_take(&a->ln2, arena, N * C);
+        arena_take(&a->ln2, arena, NS * C);
     else
         a->ln2 = a->ln1; // computed once more just before it is read, so one place does for both
     if (keep_act) arena_take(&a->act, arena, N * model_dim(c, DIM_FF));
     if (keep_block) {
-        arena_take(&a->ln1_mean, arena, N), arena_take(&a->ln1_rstd, arena, N);
-        arena_take(&a->ln2_mean, arena, N), arena_take(&a->ln2_rstd, arena, N);
+        arena_take(&a->ln1_mean, arena, NS), arena_take(&a->ln1_rstd, arena, NS);
+        arena_take(&a->ln2_mean, arena, NS), arena_take(&a->ln2_rstd, arena, NS);
         arena_take(&a->qkv, arena, N * model_dim(c, DIM_QKV));
         arena_take(&a->att, arena, N * model_dim(c, DIM_HEADS));
         arena_take(&a->lse, arena, N * (size_t)c->num_attention_heads);
-        arena_take(&a->residual2, arena, N * C);
+        arena_take(&a->residual2, arena, NS * C);
         arena_take(&a->fc, arena, N * model_dim(c, DIM_FC));
     }
     // the residual stream between blocks is what recomputing starts from; without a backward pass two places
     // take turns
     if (training || l < 2)
-        arena_take(&a->residual3, arena, N * C);
+        arena_take(&a->residual3, arena, NS * C);
     else
-        a->residual3 = g->layers[l - 2].residual3;
+        a->residual3 = slot->layers[l - 2].residual3;
+}
+
+// Layers of the stage's largest chunk.
+static int chunk_size(const GPT* g) {
+    int largest = 0, first, end, global;
+    for (int c = 0; c < g->place.num_chunks; c++) {
+        chunk_layers(&g->place, &g->run->model, c, &first, &end, &global);
+        largest = end - first > largest ? end - first : largest;
+    }
+    return largest;
 }
 
 static void lay_out_activations(GPT* g, Arena* arena, bool training) {
-    size_t N = rows_of(g), C = model_dim(&g->config, DIM_HIDDEN);
-    arena_take(&g->embedded, arena, N * C);
-    for (int l = 0; l < g->config.num_hidden_layers; l++) lay_out_layer(g, l, arena, training);
-    arena_take(&g->lnf, arena, N * C);
-    arena_take(&g->lnf_mean, arena, N), arena_take(&g->lnf_rstd, arena, N);
-    arena_take(&g->losses, arena, N);
+    size_t NS = shard_rows(g), C = model_dim(&g->config, DIM_HIDDEN);
+    for (int i = 0; i < g->num_slots; i++) {
+        Slot* slot = &g->slots[i];
+        arena_take(&slot->batch, arena, NUM_BATCH_ARRAYS * rows_of(g));
+        arena_take(&slot->input, arena, NS * C);
+        for (int l = 0; l < chunk_size(g); l++) lay_out_layer(g, slot, l, arena, training);
+        if (!has_head(&g->place)) continue;
+        arena_take(&slot->lnf, arena, NS * C);
+        arena_take(&slot->lnf_mean, arena, NS), arena_take(&slot->lnf_rstd, arena, NS);
+    }
+    arena_take(&g->losses, arena, rows_of(g));
 }
 
 static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 
+// Elements of a window: of its bucket, whole.
+static size_t window_size(const GPT* g, int w) {
+    int b = w == WINDOW_BEFORE ? 0 : w == WINDOW_AFTER ? num_buckets(g) - 1 : 1;
+    return bucket_at(g, b).size;
+}
+
 // What lives only inside the head, the MLP's backward pass or attention's: one place for whichever it is.
 static void lay_out_shared_scratch(GPT* g, Arena* arena, bool training) {
     const ModelConfig* c = &g->config;
-    size_t N = rows_of(g), Vp = model_dim(c, DIM_VOCAB), begin = arena->used, end;
-    size_t rows = LOGIT_BYTES / (Vp * sizeof(floatX)), chunks = ceil_div(N, rows);
-    rows = ceil_div(N, chunks);                     // equal chunks
-    g->logit_rows = (int)ceil_div(rows, 128) * 128; // whole tiles of the matmul
-    arena_take(&g->logits, arena, (size_t)g->logit_rows * Vp);
-    end = arena->used, arena->used = begin;
+    size_t N = rows_of(g), Vp = model_dim(c, DIM_VOCAB), begin = arena->used, end = begin;
+    if (has_head(&g->place)) {
+        size_t rows = LOGIT_BYTES / (Vp * sizeof(floatX)), chunks = ceil_div(N, rows);
+        rows = ceil_div(N, chunks);                     // equal chunks
+        g->logit_rows = (int)ceil_div(rows, 128) * 128; // whole tiles of the matmul
+        arena_take(&g->logits, arena, (size_t)g->logit_rows * Vp);
+        size_t parts = g->place.tp_size > 1 ? (size_t)(g->place.tp_size * g->logit_rows) : 0;
+        arena_take(&g->row_parts, arena, parts);
+        end = arena->used, arena->used = begin;
+    }
     char* attention;
     arena_take(
         &attention, arena,
@@ -242,10 +321,9 @@ static void lay_out_shared_scratch(GPT* g, Arena* arena, bool training) {
 
 static void lay_out_scratch(GPT* g, Arena* arena, bool training) {
     const ModelConfig* c = &g->config;
-    size_t N = rows_of(g), C = model_dim(c, DIM_HIDDEN);
+    size_t N = rows_of(g), NS = shard_rows(g), C = model_dim(c, DIM_HIDDEN);
     size_t widest = larger(larger(model_dim(c, DIM_QKV), model_dim(c, DIM_FC)), C);
     char* workspace;
-    arena_take(&g->batch, arena, NUM_BATCH_ARRAYS * N);
     arena_take(&g->control, arena, 1);
     arena_take(&workspace, arena, matmul_workspace_bytes());
     g->matmul_workspace = workspace;
@@ -253,11 +331,16 @@ static void lay_out_scratch(GPT* g, Arena* arena, bool training) {
         size_t angles = (size_t)c->max_position_embeddings * (size_t)c->head_dim / 2;
         arena_take(&g->rope_cos, arena, angles), arena_take(&g->rope_sin, arena, angles);
     }
-    arena_take(&g->hidden, arena, N * C);
+    size_t bucket = larger(bucket_at(g, 0).size, larger(bucket_at(g, 1).size, window_size(g, WINDOW_AFTER)));
+    arena_take(&g->staging, arena, bucket < STAGING_ELEMENTS ? bucket : STAGING_ELEMENTS);
+    arena_take(&g->hidden, arena, NS * C);
     g->dnorm = g->hidden;
+    for (int i = 0; i < 2; i++) {
+        if (g->place.tp_size > 1) arena_take(&g->tp.buffer[i], arena, N * C);
+        if (training && (i == 0 || g->place.pp_size > 1))
+            arena_take(&g->residual_gradients[i], arena, NS * C);
+    }
     if (training) {
-        arena_take(&g->dresidual, arena, N * C);
-        arena_take(&g->norm_partials, arena, NORM_PARTIALS);
         arena_take(&g->bias_scratch, arena, matmul_bias_scratch((int)widest));
         arena_take(&g->column_scratch, arena,
                    larger(norm_backward_scratch((int)C), column_sums_scratch((int)widest)));
@@ -265,25 +348,53 @@ static void lay_out_scratch(GPT* g, Arena* arena, bool training) {
     lay_out_shared_scratch(g, arena, training);
 }
 
+static size_t moment_bytes(const GPT* g) { return g->moments_bf16 ? sizeof(__nv_bfloat16) : sizeof(float); }
+static size_t gradient_bytes(const GPT* g) {
+    return g->gradients_bf16 ? sizeof(__nv_bfloat16) : sizeof(float);
+}
+
+static void lay_out_weights(GPT* g, Arena* arena) {
+    bool sliced = g->zero == ZERO_PARAMETERS;
+    arena_take(&g->params, arena, g->layout.num_parameters / (size_t)(sliced ? g->place.dp_size : 1));
+    for (int w = 0; sliced && w < NUM_WINDOWS; w++) {
+        floatX* weights;
+        arena_take(&weights, arena, window_size(g, w));
+        g->windows[w].weights = weights;
+    }
+}
+
+static void lay_out_gradients(GPT* g, Arena* arena) {
+    char *grads, *window;
+    size_t slices = (size_t)(g->grad_windows ? g->place.dp_size : 1), largest = 0;
+    arena_take(&grads, arena, g->layout.num_parameters / slices * gradient_bytes(g));
+    g->grads = grads;
+    for (int w = 0; g->grad_windows && w < NUM_WINDOWS; w++) {
+        arena_take(&window, arena, window_size(g, w) * gradient_bytes(g));
+        g->windows[w].grads = window;
+        largest = larger(largest, window_size(g, w));
+    }
+    if (!g->deterministic || g->place.dp_size == 1) return;
+    arena_take(&window, arena, largest * gradient_bytes(g));
+    g->ordered = window;
+}
+
 // Places every array of one class of memory; `training` adds what only the backward pass and the update need.
 static void lay_out(GPT* g, int memory_class, Arena* arena, bool training) {
-    size_t weights = g->layout.num_parameters;
-    size_t moment = g->moments_bf16 ? sizeof(__nv_bfloat16) : sizeof(float);
-    size_t gradient = g->gradients_bf16 ? sizeof(__nv_bfloat16) : sizeof(float);
-    char *grads = NULL, *m = NULL, *v = NULL;
+    size_t state = g->layout.num_parameters / (size_t)(g->zero >= ZERO_OPTIMIZER ? g->place.dp_size : 1);
+    char *m = NULL, *v = NULL;
     switch (memory_class) {
     case MEMORY_WEIGHTS:
-        arena_take(&g->params, arena, weights);
+        lay_out_weights(g, arena);
         break;
     case MEMORY_MASTER:
-        if (training && g->split_master) arena_take(&g->remainder, arena, weights);
+        if (training && g->split_master) arena_take(&g->remainder, arena, state);
         break;
     case MEMORY_GRADIENTS:
-        if (training) arena_take(&grads, arena, weights * gradient);
-        g->grads = grads;
+        if (training) lay_out_gradients(g, arena);
         break;
     case MEMORY_MOMENTS:
-        if (training) arena_take(&m, arena, weights * moment), arena_take(&v, arena, weights * moment);
+        if (training)
+            arena_take(&m, arena, state * moment_bytes(g)), arena_take(&v, arena, state * moment_bytes(g));
         g->m = m, g->v = v;
         break;
     case MEMORY_ACTIVATIONS:
@@ -295,152 +406,399 @@ static void lay_out(GPT* g, int memory_class, Arena* arena, bool training) {
     }
 }
 
-// What of a run config decides how the model computes and what it keeps.
-static void gpt_configure(GPT* g, const RunConfig* run, int B, int T) {
+// The passes of a step.
+static PipelineList pass_list(const GPT* g, int micro_batches) {
+    const Layout* l = &g->place;
+    return pipeline_list(g->run->parallel.pipeline_schedule, l->pp_size, l->pp, l->num_chunks, micro_batches);
+}
+
+// What of a run config decides how the model computes and what it keeps. The config must stay.
+static void gpt_configure(GPT* g, const RunConfig* run, int B, int T, bool training) {
     memset(g, 0, sizeof *g);
-    g->config = run->model;
-    g->layout = parameter_layout(&run->model);
+    g->run = run, g->place = run->layout;
+    g->config = model_part(&run->model, &g->place);
+    g->layout = layout_parameters(&g->config, &g->place);
     g->B = B, g->T = T;
     g->recompute = run->batch.recompute;
+    g->zero = g->place.dp_size == 1 ? (int)ZERO_OPTIMIZER : run->parallel.zero_stage;
+    g->deterministic = run->parallel.deterministic;
+    g->grad_windows = g->zero >= ZERO_GRADIENTS || g->deterministic;
     g->fused_gelu = run->precision.fused_gelu && run->model.family->activation == ACTIVATION_GELU_TANH;
     g->use_graph = run->parallel.cuda_graph;
     bool weights_are_master = sizeof(floatX) == sizeof(float) || run->precision.master_weights == STORE_BF16;
     g->split_master = !weights_are_master;
     g->gradients_bf16 = run->precision.gradients == STORE_BF16;
     g->moments_bf16 = run->precision.moments == STORE_BF16;
+    g->num_slots = 1;
+    if (training) {
+        int micro_batches = run->batch.global_batch_size / run->batch.micro_batch_size / g->place.dp_size;
+        g->list_micro_batches = micro_batches > 0 ? micro_batches : 1;
+        g->list = pass_list(g, g->list_micro_batches);
+        g->num_slots = g->list.num_slots;
+    }
+    g->slots = (Slot*)calloc_check((size_t)g->num_slots, sizeof *g->slots);
+    for (int i = 0; i < g->num_slots; i++)
+        g->slots[i].layers = (LayerActivations*)calloc_check((size_t)chunk_size(g), sizeof(LayerActivations));
+}
+
+// What gpt_configure took.
+static void gpt_release(GPT* g) {
+    for (int i = 0; i < g->num_slots; i++) free(g->slots[i].layers);
+    free(g->slots), free(g->list.ops), free(g->tables), free(g->weights_ready);
 }
 
 // The exact size of each class in bytes, without allocating any of it.
 static void gpt_plan(const RunConfig* run, int B, int T, bool training, size_t bytes[NUM_MEMORY_CLASSES]) {
     GPT* g = (GPT*)calloc_check(1, sizeof *g);
-    gpt_configure(g, run, B, T);
-    g->layers = (LayerActivations*)calloc_check((size_t)run->model.num_hidden_layers, sizeof *g->layers);
+    gpt_configure(g, run, B, T, training);
     for (int i = 0; i < NUM_MEMORY_CLASSES; i++) {
         Arena arena = {NULL, 0};
         lay_out(g, i, &arena, training);
         bytes[i] = arena.used;
     }
-    free(g->layers);
+    gpt_release(g);
     free(g);
+}
+
+// ----------------------------------------------------------------------------
+// buckets: weights are whole where they are used, state and (ZeRO) more of it in slices. Their collectives run in
+// a stream of their own: gathers ahead of the pass, sums behind it. With one data-parallel rank all of this is
+// pointer arithmetic.
+
+static Window* window_of(GPT* g, int b) {
+    int last = num_buckets(g) - 1;
+    return &g->windows[b == 0 ? WINDOW_BEFORE : b == last ? WINDOW_AFTER : WINDOW_LAYER + b % 2];
+}
+
+// What a rank keeps of a bucket's optimizer state: elements [first, first + size) of the bucket, at `at` in m and v.
+typedef struct {
+    size_t at, first, size;
+} Slice;
+
+static Slice state_slice(const GPT* g, int b) {
+    Bucket bucket = bucket_at(g, b);
+    size_t dp = (size_t)g->place.dp_size, share = bucket.size / dp;
+    Slice whole = {bucket.begin, 0, bucket.size},
+          slice = {bucket.begin / dp, (size_t)g->place.dp * share, share};
+    return g->zero >= ZERO_OPTIMIZER ? slice : whole;
+}
+
+static floatX* bucket_weights(GPT* g, int b) {
+    return g->zero == ZERO_PARAMETERS ? (floatX*)window_of(g, b)->weights : g->params + bucket_at(g, b).begin;
+}
+template <typename Grad> static Grad* bucket_gradients(GPT* g, int b) {
+    return g->grad_windows ? (Grad*)window_of(g, b)->grads : (Grad*)g->grads + bucket_at(g, b).begin;
+}
+// The weights and the summed gradients that belong to a rank's slice of the state.
+static floatX* slice_weights(GPT* g, int b) {
+    Slice s = state_slice(g, b);
+    return g->zero == ZERO_PARAMETERS ? g->params + s.at : bucket_weights(g, b) + s.first;
+}
+template <typename Grad> static Grad* slice_gradients(GPT* g, int b) {
+    Slice s = state_slice(g, b);
+    return g->grad_windows ? (Grad*)g->grads + s.at : bucket_gradients<Grad>(g, b) + s.first;
+}
+
+// Every parameter (or its gradient) as layer l of this stage sees it. What every tensor-parallel rank has and only
+// the first may add is absent on the others.
+template <typename X, typename F> static Parameters<X> parameters_in(const GPT* g, int l, F bucket_memory) {
+    Parameters<X> p;
+    int L = g->config.num_hidden_layers;
+    for (int i = 0; i < NUM_TENSORS; i++) {
+        enum TensorId id = (enum TensorId)i;
+        int b = tensor_bucket(id, l, L);
+        bool absent = g->layout.size[i] == 0 || (tensor_table[i].split == SPLIT_FIRST && g->place.tp != 0);
+        p.at[i] =
+            absent ? NULL : bucket_memory(b) + (tensor_offset(&g->layout, id, l) - bucket_at(g, b).begin);
+    }
+    return p;
+}
+static Parameters<floatX> weights_of(GPT* g, int l) {
+    return parameters_in<floatX>(g, l, [=](int b) { return bucket_weights(g, b); });
+}
+template <typename Grad> static Parameters<Grad> gradients_of(GPT* g, int l) {
+    return parameters_in<Grad>(g, l, [=](int b) { return bucket_gradients<Grad>(g, b); });
+}
+
+static void hand_over(GPT* g, cudaStream_t from, cudaStream_t to) {
+    CUDA_CHECK(cudaEventRecord(g->hand_over, from));
+    CUDA_CHECK(cudaStreamWaitEvent(to, g->hand_over, 0));
+}
+
+// ZeRO 3: begins to gather a bucket's weights, unless they are there.
+static void fetch_weights(GPT* g, int b) {
+    Window* w = window_of(g, b);
+    Slice s = state_slice(g, b);
+    if (g->zero != ZERO_PARAMETERS || b < 0 || b >= num_buckets(g) || w->holds == b) return;
+    CUDA_CHECK(cudaStreamWaitEvent(g->comm_stream, w->used, 0));
+    comm_all_gather(&g->comm, AXIS_DP, (floatX*)w->weights, g->params + s.at, s.size, g->comm_stream);
+    CUDA_CHECK(cudaEventRecord(w->gathered, g->comm_stream));
+    w->holds = b;
+}
+
+// From here on the bucket's weights may be read; `next` is the one that will be wanted then.
+static void use_weights(GPT* g, int b, int next) {
+    if (g->place.dp_size == 1) return;
+    fetch_weights(g, b);
+    CUDA_CHECK(cudaStreamWaitEvent(
+        g->stream, g->zero == ZERO_PARAMETERS ? window_of(g, b)->gathered : g->weights_ready[b], 0));
+    if (next != b && next > 0 && next < num_buckets(g) - 1) fetch_weights(g, next);
+}
+static void done_with_weights(GPT* g, int b) {
+    if (g->zero == ZERO_PARAMETERS) CUDA_CHECK(cudaEventRecord(window_of(g, b)->used, g->stream));
+}
+
+// After the update of slices: whole again on all ranks.
+static void gather_weights(GPT* g, int b) {
+    Slice s = state_slice(g, b);
+    if (g->place.dp_size == 1 || g->zero == ZERO_NONE) return;
+    if (g->zero == ZERO_PARAMETERS) {
+        window_of(g, b)->holds = -1;
+        done_with_weights(g, b);
+        return;
+    }
+    hand_over(g, g->stream, g->comm_stream);
+    comm_all_gather(&g->comm, AXIS_DP, bucket_weights(g, b), slice_weights(g, b), s.size, g->comm_stream);
+    CUDA_CHECK(cudaEventRecord(g->weights_ready[b], g->comm_stream));
+}
+
+// Before a pass adds to a bucket's gradients: a window begins at zero.
+static void begin_gradients(GPT* g, int b) {
+    Window* w = window_of(g, b);
+    if (!g->grad_windows) return;
+    CUDA_CHECK(cudaStreamWaitEvent(g->stream, w->grads_summed, 0));
+    CUDA_CHECK(cudaMemsetAsync(w->grads, 0, bucket_at(g, b).size * gradient_bytes(g), g->stream));
+}
+
+// Of what tensor-parallel ranks all have, each has the gradient of its rows, or of its heads: their sum.
+template <typename Grad> static void sum_replicas(GPT* g, int b) {
+    int L = g->config.num_hidden_layers, layer = b > 0 && b <= L ? b - 1 : 0;
+    bool kv = kv_replicas(&g->run->model, &g->place) > 1;
+    Grad* grads = bucket_gradients<Grad>(g, b);
+    if (g->place.tp_size == 1) return;
+    comm_begin(&g->comm);
+    for (int i = 0; i < NUM_TENSORS; i++) {
+        enum TensorId id = (enum TensorId)i;
+        int split = tensor_table[i].split;
+        if (g->layout.size[i] == 0 || tensor_bucket(id, layer, L) != b) continue;
+        Grad* tensor = grads + (tensor_offset(&g->layout, id, layer) - bucket_at(g, b).begin);
+        if (split == SPLIT_NONE || split == SPLIT_FIRST)
+            comm_all_reduce(&g->comm, AXIS_TP, tensor, g->layout.size[i], g->stream);
+        if (!kv || tensor_table[i].rows != DIM_QKV) continue;
+        size_t q = model_dim(&g->config, DIM_HEADS) * g->layout.cols[i];
+        comm_all_reduce(&g->comm, AXIS_KV, tensor + q, g->layout.size[i] - q, g->stream);
+    }
+    comm_end(&g->comm);
+}
+
+template <typename Grad> static __global__ void add_kernel(Grad* sum, const Grad* x, size_t n) {
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * Vec<Grad>::SIZE;
+    if (i >= n) return;
+    Vec<Grad> a = load_vec(sum + i), b = load_vec(x + i);
+    for (int k = 0; k < Vec<Grad>::SIZE; k++)
+        a.at[k] = from_float<Grad>(to_float(a.at[k]) + to_float(b.at[k]));
+    store_vec(sum + i, a);
+}
+template <typename Grad> static void add(Grad* sum, const Grad* x, size_t n, cudaStream_t stream) {
+    if (n == 0) return;
+    add_kernel<<<(unsigned)ceil_div(n, 256 * Vec<Grad>::SIZE), 256, 0, stream>>>(sum, x, n);
+    LAUNCH_CHECK();
+}
+
+// Adds the slices of all ranks' windows in the order of ranks, that is of micro-batches: the same sums for any
+// number of ranks.
+template <typename Grad> static void sum_in_order(GPT* g, int b) {
+    Slice s = state_slice(g, b);
+    Grad *window = (Grad*)window_of(g, b)->grads, *parts = (Grad*)g->ordered,
+         *sum = slice_gradients<Grad>(g, b);
+    int ranks = g->place.dp_size;
+    if (ranks == 1) {
+        add(sum, window, s.size, g->comm_stream);
+        return;
+    }
+    comm_begin(&g->comm);
+    for (int r = 0; r < ranks; r++) {
+        comm_send(&g->comm, AXIS_DP, window + (size_t)r * s.size, s.size, r, g->comm_stream);
+        comm_receive(&g->comm, AXIS_DP, parts + (size_t)r * s.size, s.size, r, g->comm_stream);
+    }
+    comm_end(&g->comm);
+    for (int r = 0; r < ranks; r++) add(sum, parts + (size_t)r * s.size, s.size, g->comm_stream);
+}
+
+// A bucket's gradients are complete in this pass: sums them over data-parallel ranks, beside what follows. Without
+// windows they add up in place, and are summed behind the last micro-batch.
+template <typename Grad> static void reduce_gradients(GPT* g, int b, bool last_micro_batch) {
+    Bucket bucket = bucket_at(g, b);
+    Grad *grads = bucket_gradients<Grad>(g, b), *mine = slice_gradients<Grad>(g, b);
+    size_t share = bucket.size / (size_t)g->place.dp_size;
+    if (!g->grad_windows && !last_micro_batch) return;
+    g->comm.layer = b - 1;
+    sum_replicas<Grad>(g, b);
+    if (g->place.dp_size == 1 && !g->grad_windows) return;
+    hand_over(g, g->stream, g->comm_stream);
+    if (g->deterministic) {
+        sum_in_order<Grad>(g, b);
+    } else if (g->zero == ZERO_NONE) {
+        comm_all_reduce(&g->comm, AXIS_DP, grads, bucket.size, g->comm_stream);
+    } else {
+        Grad* part = grads + (size_t)g->place.dp * share;
+        comm_reduce_scatter(&g->comm, AXIS_DP, part, grads, share, g->comm_stream);
+        if (g->grad_windows) add(mine, part, share, g->comm_stream);
+    }
+    if (g->grad_windows) CUDA_CHECK(cudaEventRecord(window_of(g, b)->grads_summed, g->comm_stream));
 }
 
 // ----------------------------------------------------------------------------
 // forward
 
-// Every parameter of `memory` (the weights, or the gradients) as layer l sees it.
-template <typename X> static Parameters<X> parameters_of(const GPT* g, X* memory, int l) {
-    Parameters<X> p;
-    for (int i = 0; i < NUM_TENSORS; i++)
-        p.at[i] = g->layout.size[i] != 0 ? memory + tensor_offset(&g->layout, (enum TensorId)i, l) : NULL;
-    return p;
-}
-
 // The head's weight: a matrix of its own, or the embedding once more.
 template <typename X> static X* head_of(Parameters<X> p) { return p.lmhead != NULL ? p.lmhead : p.wte; }
+// The bucket that it is in.
+static int head_bucket(const GPT* g) { return g->config.tie_word_embeddings ? 0 : num_buckets(g) - 1; }
 
-static int* batch_array(const GPT* g, enum BatchArray which) { return g->batch + (size_t)which * rows_of(g); }
-static const int* doc_starts(const GPT* g) {
-    return g->document_mask ? batch_array(g, BATCH_DOC_START) : NULL;
+static int* batch_array(const GPT* g, const Slot* slot, enum BatchArray which) {
+    return slot->batch + (size_t)which * rows_of(g);
+}
+static const int* doc_starts(const GPT* g, const Slot* slot) {
+    return g->document_mask ? batch_array(g, slot, BATCH_DOC_START) : NULL;
 }
 
-// The residual stream that enters layer l (l = L: that leaves the last one).
-static floatX* residual_into(const GPT* g, int l) {
-    return l == 0 ? g->embedded : g->layers[l - 1].residual3;
+static LayerActivations* activations_of(const Pass* pass, int l) {
+    return &pass->slot->layers[l - pass->first];
 }
 
-// The norm that reads the residual stream before layer l: the layer's first, or the last of all (l = L).
+// The residual stream that enters layer l (l = end: that leaves the last one).
+static floatX* residual_into(const Pass* pass, int l) {
+    return l == pass->first ? pass->slot->input : activations_of(pass, l - 1)->residual3;
+}
+
+// The norm that reads the residual stream before layer l: the layer's first; the last of all behind the last layer of
+// all; none (out is NULL) behind that of a stage that hands it on.
 typedef struct {
     floatX* out;
     float *mean, *rstd;
     const floatX *weight, *bias;
 } Norm;
 
-static Norm norm_before(const GPT* g, int l) {
-    bool last = l == g->config.num_hidden_layers;
-    Parameters<floatX> p = parameters_of(g, g->params, last ? 0 : l);
-    LayerActivations* a = last ? NULL : &g->layers[l];
-    Norm final_norm = {g->lnf, g->lnf_mean, g->lnf_rstd, p.lnfw, p.lnfb};
-    if (last) return final_norm;
+static Norm norm_before(GPT* g, const Pass* pass, int l) {
+    bool last = l == pass->end;
+    Slot* slot = pass->slot;
+    Parameters<floatX> p = weights_of(g, last ? 0 : l);
+    LayerActivations* a = last ? NULL : activations_of(pass, l);
+    Norm none = {NULL, NULL, NULL, NULL, NULL};
+    Norm final_norm = {slot->lnf, slot->lnf_mean, slot->lnf_rstd, p.lnfw, p.lnfb};
+    if (last) return pass->head ? final_norm : none;
     Norm norm = {a->ln1, a->ln1_mean, a->ln1_rstd, p.ln1w, p.ln1b};
     return norm;
 }
 
-static void mlp_forward(const GPT* g, LayerActivations* a, Parameters<floatX> p, int N, Matmul* mm) {
+static void mlp_forward(GPT* g, LayerActivations* a, Parameters<floatX> p, int N) {
     int C = g->config.hidden_size, FF = g->config.intermediate_size;
     int FC = (int)model_dim(&g->config, DIM_FC);
     if (g->fused_gelu) {
-        matmul_gelu_forward(a->act, a->fc, a->ln2, p.fcw, p.fcb, N, C, FC, mm);
+        column_parallel_gelu_forward(a->act, a->fc, a->ln2, p.fcw, p.fcb, N, C, FC, &g->matmul, &g->tp);
     } else {
-        matmul_forward(a->fc, a->ln2, p.fcw, p.fcb, N, C, FC, mm);
+        column_parallel_forward(a->fc, a->ln2, p.fcw, p.fcb, N, C, FC, &g->matmul, &g->tp);
         activation_forward(a->act, a->fc, N, FF, g->config.family->activation, g->stream);
     }
 }
 
 // From ln1 to the activation: as much of a block as its backward pass reads, and recomputes.
-static void block_forward_inside(GPT* g, int l, int B) {
+static void block_forward_inside(GPT* g, const Pass* pass, int l, int B) {
     const ModelConfig* c = &g->config;
     int T = g->T, N = B * T, C = c->hidden_size, NH = c->num_attention_heads, NKV = c->num_key_value_heads;
-    int HS = c->head_dim, Q = NH * HS, QKV = Q + 2 * NKV * HS;
-    Parameters<floatX> p = parameters_of(g, g->params, l);
-    LayerActivations* a = &g->layers[l];
+    int HS = c->head_dim, Q = NH * HS, QKV = Q + 2 * NKV * HS, NS = N / g->place.tp_size;
+    Parameters<floatX> p = weights_of(g, l);
+    LayerActivations* a = activations_of(pass, l);
+    const int* starts = doc_starts(g, pass->slot);
     Matmul* mm = &g->matmul;
+    TensorParallel* tp = &g->tp;
     cudaStream_t stream = g->stream;
 
-    matmul_forward(a->qkv, a->ln1, p.qkvw, p.qkvb, N, C, QKV, mm);
+    column_parallel_forward(a->qkv, a->ln1, p.qkvw, p.qkvb, N, C, QKV, mm, tp);
     if (g->rope_cos != NULL) rope_forward(a->qkv, g->rope_cos, g->rope_sin, 0, B, T, NH, NKV, HS, stream);
-    attention_forward(a->att, a->lse, g->attention_scratch, a->qkv, doc_starts(g), B, T, NH, NKV, HS, stream);
-    matmul_forward(g->hidden, a->att, p.attprojw, p.attprojb, N, Q, C, mm);
-    residual_norm_forward(a->residual2, a->ln2, a->ln2_mean, a->ln2_rstd, residual_into(g, l), g->hidden,
-                          p.ln2w, p.ln2b, N, C, (float)c->norm_eps, c->family->norm, stream);
-    mlp_forward(g, a, p, N, mm);
+    attention_forward(a->att, a->lse, g->attention_scratch, a->qkv, starts, B, T, NH, NKV, HS, stream);
+    row_parallel_forward(g->hidden, a->att, p.attprojw, p.attprojb, N, Q, C, mm, tp);
+    residual_norm_forward(a->residual2, a->ln2, a->ln2_mean, a->ln2_rstd, residual_into(pass, l), g->hidden,
+                          p.ln2w, p.ln2b, NS, C, (float)c->norm_eps, c->family->norm, stream);
+    mlp_forward(g, a, p, N);
 }
 
 // ln1 was taken of the residual stream when it was written: by the block before, or behind the embedding.
-static void block_forward(GPT* g, int l, int B) {
+static void block_forward(GPT* g, const Pass* pass, int l, int B) {
     const ModelConfig* c = &g->config;
-    int N = B * g->T, C = c->hidden_size, FF = c->intermediate_size;
-    Parameters<floatX> p = parameters_of(g, g->params, l);
-    LayerActivations* a = &g->layers[l];
-    Norm next = norm_before(g, l + 1);
+    int N = B * g->T, NS = N / g->place.tp_size, C = c->hidden_size, FF = c->intermediate_size;
 
     nvtxRangePushA("block_forward");
-    block_forward_inside(g, l, B);
-    matmul_forward(g->hidden, a->act, p.fcprojw, p.fcprojb, N, FF, C, &g->matmul);
-    residual_norm_forward(a->residual3, next.out, next.mean, next.rstd, a->residual2, g->hidden, next.weight,
-                          next.bias, N, C, (float)c->norm_eps, c->family->norm, g->stream);
+    g->comm.layer = l;
+    use_weights(g, 1 + l, 2 + l);
+    block_forward_inside(g, pass, l, B);
+    LayerActivations* a = activations_of(pass, l);
+    Parameters<floatX> p = weights_of(g, l);
+    row_parallel_forward(g->hidden, a->act, p.fcprojw, p.fcprojb, N, FF, C, &g->matmul, &g->tp);
+    done_with_weights(g, 1 + l);
+    if (l + 1 < pass->end || pass->head) use_weights(g, 2 + l, 2 + l);
+    Norm next = norm_before(g, pass, l + 1);
+    if (next.out != NULL)
+        residual_norm_forward(a->residual3, next.out, next.mean, next.rstd, a->residual2, g->hidden,
+                              next.weight, next.bias, NS, C, (float)c->norm_eps, c->family->norm, g->stream);
+    else
+        residual_forward(a->residual3, a->residual2, g->hidden, (size_t)NS * (size_t)C, g->stream);
     nvtxRangePop();
 }
 
-// g->batch -> lnf (B, T, C), what the head reads.
-static void gpt_forward(GPT* g, int B) {
+// The first chunk: the batch's tokens; the others: what the chunk before sent, in slot->input. The last chunk leaves
+// lnf (NS, C), which the head reads; the others the residual stream.
+static void chunk_forward(GPT* g, const Pass* pass, int B) {
     const ModelConfig* c = &g->config;
-    int N = B * g->T, C = c->hidden_size;
+    int T = g->T, N = B * T, NS = N / g->place.tp_size, C = c->hidden_size;
+    Slot* slot = pass->slot;
     CHECK(B <= g->B);
-    Parameters<floatX> p = parameters_of(g, g->params, 0);
-    Norm first = norm_before(g, 0);
-    embedding_forward(g->embedded, batch_array(g, BATCH_INPUTS), p.wte, p.wpe, B, g->T, C, g->stream);
-    norm_forward(first.out, first.mean, first.rstd, g->embedded, first.weight, first.bias, N, C,
+    if (pass->embedding) {
+        use_weights(g, 0, 1 + pass->first);
+        Parameters<floatX> p = weights_of(g, pass->first);
+        tp_scatter(&g->tp, slot->input, g->tp.buffer[1], N, C, [&](int row, int, floatX* out) {
+            if (row > 0) return; // all of it at once
+            embedding_forward(out, batch_array(g, slot, BATCH_INPUTS), p.wte, p.wpe, B, T, C, g->stream);
+        });
+    }
+    use_weights(g, 1 + pass->first, 2 + pass->first);
+    Norm first = norm_before(g, pass, pass->first);
+    norm_forward(first.out, first.mean, first.rstd, slot->input, first.weight, first.bias, NS, C,
                  (float)c->norm_eps, c->family->norm, g->stream);
-    for (int l = 0; l < c->num_hidden_layers; l++) block_forward(g, l, B);
+    for (int l = pass->first; l < pass->end; l++) block_forward(g, pass, l, B);
 }
 
 // Cross-entropy of every row into g->losses (a negative target is masked: loss 0). With dhead also the
 // head's backward pass, since the logits of a chunk of rows exist only here: dhead +=, and
-// g->dnorm (B, T, C) = g->grad_scale * d(sum of losses) / d lnf.
-template <typename Grad> static void gpt_loss(GPT* g, Grad* dhead, int B) {
-    int N = B * g->T, C = g->config.hidden_size, V = g->config.vocab_size, Vp = padded_vocab_size(V);
-    floatX* head = head_of(parameters_of(g, g->params, 0));
-    const int* targets = batch_array(g, BATCH_TARGETS);
+// g->dnorm (NS, C) = g->grad_scale * d(sum of losses) / d lnf.
+template <typename Grad> static void gpt_loss(GPT* g, const Slot* slot, Grad* dhead, int B) {
+    int N = B * g->T, C = g->config.hidden_size, Vp = (int)model_dim(&g->config, DIM_VOCAB);
+    int V = vocab_used(&g->run->model, &g->place), ranks = g->place.tp_size, first_token = g->place.tp * Vp;
+    const int* targets = batch_array(g, slot, BATCH_TARGETS);
     nvtxRangePushA("head");
+    use_weights(g, head_bucket(g), head_bucket(g));
+    floatX* head = head_of(weights_of(g, 0));
+    floatX* dall = ranks > 1 ? g->tp.buffer[1] : g->dnorm;
+    const floatX* all = tp_gather(&g->tp, g->tp.buffer[0], slot->lnf, N, C, [](int, int, const floatX*) {});
     for (int row = 0; row < N; row += g->logit_rows) {
         int rows = N - row < g->logit_rows ? N - row : g->logit_rows;
-        floatX *lnf = g->lnf + (size_t)row * (size_t)C, *dlnf = g->dnorm + (size_t)row * (size_t)C;
+        const floatX* lnf = all + (size_t)row * (size_t)C;
+        RowPart* parts = ranks > 1 ? g->row_parts : NULL;
         matmul_forward(g->logits, lnf, head, NULL, rows, C, Vp, &g->matmul);
-        classifier(g->losses + row, g->logits, targets + row, g->grad_scale, rows, V, Vp, dhead != NULL,
-                   g->stream);
+        if (ranks > 1) {
+            RowPart* mine = parts + g->place.tp * rows;
+            size_t floats = (size_t)rows * sizeof *mine / sizeof(float);
+            classifier_parts(mine, g->logits, targets + row, first_token, rows, V, Vp, g->stream);
+            comm_all_gather(&g->comm, AXIS_TP, (float*)parts, (const float*)mine, floats, g->stream);
+        }
+        classifier(g->losses + row, g->logits, targets + row, parts, ranks, first_token, g->grad_scale, rows,
+                   V, Vp, dhead != NULL, g->stream);
         if (dhead != NULL)
-            matmul_backward(dlnf, dhead, (Grad*)NULL, g->logits, lnf, head, rows, C, Vp, &g->matmul);
+            matmul_backward(dall + (size_t)row * (size_t)C, dhead, (Grad*)NULL, g->logits, lnf, head, rows, C,
+                            Vp, &g->matmul);
     }
+    if (dhead != NULL) tp_scatter(&g->tp, g->dnorm, dall, N, C, [](int, int, floatX*) {});
     nvtxRangePop();
 }
 
@@ -453,111 +811,208 @@ static void mlp_backward(GPT* g, LayerActivations* a, Parameters<Grad> dp, Param
     int C = g->config.hidden_size, FF = g->config.intermediate_size;
     Matmul* mm = &g->matmul;
     if (g->fused_gelu) {
-        matmul_gelu_backward(g->dfc, dp.fcprojw, dp.fcprojb, g->dresidual, a->act, p.fcprojw, a->fc, N, FF, C,
-                             mm);
+        row_parallel_gelu_backward(g->dfc, dp.fcprojw, dp.fcprojb, g->dresidual, a->act, p.fcprojw, a->fc, N,
+                                   FF, C, mm, &g->tp);
     } else {
-        matmul_backward(g->dact, dp.fcprojw, dp.fcprojb, g->dresidual, a->act, p.fcprojw, N, FF, C, mm);
+        row_parallel_backward(g->dact, dp.fcprojw, dp.fcprojb, g->dresidual, a->act, p.fcprojw, N, FF, C, mm,
+                              &g->tp);
         activation_backward(g->dfc, g->dact, a->fc, N, FF, g->config.family->activation, g->stream);
     }
 }
 
 // What batch.recompute did not keep of a block, again: the same kernels on the same numbers, so the same
 // bits. Norms follow one by one in block_backward, as they share their memory.
-static void block_recompute(GPT* g, int l, int B) {
+static void block_recompute(GPT* g, const Pass* pass, int l, int B) {
     const ModelConfig* c = &g->config;
-    LayerActivations* a = &g->layers[l];
-    Norm norm = norm_before(g, l);
+    LayerActivations* a = activations_of(pass, l);
+    Norm norm = norm_before(g, pass, l);
     int N = B * g->T;
-    if (l == c->num_hidden_layers - 1) return; // it was the last to write what all layers share
+    if (l == pass->end - 1 && g->place.pp_size == 1) return; // it was the last to write what all layers share
     if (g->recompute == RECOMPUTE_BLOCK) {
-        norm_forward(norm.out, norm.mean, norm.rstd, residual_into(g, l), norm.weight, norm.bias, N,
-                     c->hidden_size, (float)c->norm_eps, c->family->norm, g->stream);
-        block_forward_inside(g, l, B);
+        norm_forward(norm.out, norm.mean, norm.rstd, residual_into(pass, l), norm.weight, norm.bias,
+                     N / g->place.tp_size, c->hidden_size, (float)c->norm_eps, c->family->norm, g->stream);
+        block_forward_inside(g, pass, l, B);
     } else if (g->recompute >= RECOMPUTE_ACTIVATION) {
         activation_forward(a->act, a->fc, N, c->intermediate_size, c->family->activation, g->stream);
     }
 }
 
-template <typename Grad> static void block_backward(GPT* g, int l, int B) {
+template <typename Grad> static void block_backward(GPT* g, const Pass* pass, int l, int B) {
     const ModelConfig* c = &g->config;
     int T = g->T, N = B * T, C = c->hidden_size, NH = c->num_attention_heads, NKV = c->num_key_value_heads;
     int HS = c->head_dim, Q = NH * HS, QKV = Q + 2 * NKV * HS, norm = c->family->norm;
-    int FC = (int)model_dim(c, DIM_FC);
+    int FC = (int)model_dim(c, DIM_FC), NS = N / g->place.tp_size;
     float eps = (float)c->norm_eps;
-    Parameters<floatX> p = parameters_of(g, g->params, l);
-    Parameters<Grad> dp = parameters_of(g, (Grad*)g->grads, l);
-    LayerActivations* a = &g->layers[l];
-    floatX* residual = residual_into(g, l);
+    LayerActivations* a = activations_of(pass, l);
+    floatX* residual = residual_into(pass, l);
+    const int* starts = doc_starts(g, pass->slot);
     Matmul* mm = &g->matmul;
+    TensorParallel* tp = &g->tp;
     cudaStream_t stream = g->stream;
     bool norms_again = g->recompute >= RECOMPUTE_NORM;
 
     nvtxRangePushA("block_backward");
-    block_recompute(g, l, B);
+    g->comm.layer = l;
+    use_weights(g, 1 + l, l);
+    begin_gradients(g, 1 + l);
+    Parameters<floatX> p = weights_of(g, l);
+    Parameters<Grad> dp = gradients_of<Grad>(g, l);
+    block_recompute(g, pass, l, B);
     mlp_backward(g, a, dp, p, N);
     if (norms_again)
-        norm_forward(a->ln2, a->ln2_mean, a->ln2_rstd, a->residual2, p.ln2w, p.ln2b, N, C, eps, norm, stream);
-    matmul_backward(g->dnorm, dp.fcw, dp.fcb, g->dfc, a->ln2, p.fcw, N, C, FC, mm);
+        norm_forward(a->ln2, a->ln2_mean, a->ln2_rstd, a->residual2, p.ln2w, p.ln2b, NS, C, eps, norm,
+                     stream);
+    column_parallel_backward(g->dnorm, dp.fcw, dp.fcb, g->dfc, a->ln2, p.fcw, N, C, FC, mm, tp);
     norm_backward(g->dresidual, dp.ln2w, dp.ln2b, g->column_scratch, g->dnorm, a->residual2, p.ln2w,
-                  a->ln2_mean, a->ln2_rstd, N, C, norm, stream);
+                  a->ln2_mean, a->ln2_rstd, NS, C, norm, stream);
 
-    matmul_backward(g->datt, dp.attprojw, dp.attprojb, g->dresidual, a->att, p.attprojw, N, Q, C, mm);
-    attention_backward(g->dqkv, g->attention_scratch, g->datt, a->qkv, a->att, a->lse, doc_starts(g), B, T,
-                       NH, NKV, HS, stream);
+    row_parallel_backward(g->datt, dp.attprojw, dp.attprojb, g->dresidual, a->att, p.attprojw, N, Q, C, mm,
+                          tp);
+    attention_backward(g->dqkv, g->attention_scratch, g->datt, a->qkv, a->att, a->lse, starts, B, T, NH, NKV,
+                       HS, stream);
     if (g->rope_cos != NULL) rope_backward(g->dqkv, g->rope_cos, g->rope_sin, 0, B, T, NH, NKV, HS, stream);
     if (norms_again)
-        norm_forward(a->ln1, a->ln1_mean, a->ln1_rstd, residual, p.ln1w, p.ln1b, N, C, eps, norm, stream);
-    matmul_backward(g->dnorm, dp.qkvw, dp.qkvb, g->dqkv, a->ln1, p.qkvw, N, C, QKV, mm);
+        norm_forward(a->ln1, a->ln1_mean, a->ln1_rstd, residual, p.ln1w, p.ln1b, NS, C, eps, norm, stream);
+    column_parallel_backward(g->dnorm, dp.qkvw, dp.qkvb, g->dqkv, a->ln1, p.qkvw, N, C, QKV, mm, tp);
     norm_backward(g->dresidual, dp.ln1w, dp.ln1b, g->column_scratch, g->dnorm, residual, p.ln1w, a->ln1_mean,
-                  a->ln1_rstd, N, C, norm, stream);
+                  a->ln1_rstd, NS, C, norm, stream);
+    done_with_weights(g, 1 + l);
+    reduce_gradients<Grad>(g, 1 + l, pass->last_micro_batch);
     nvtxRangePop();
 }
 
-// After gpt_forward and gpt_loss with a dhead on the same batch: adds to every gradient.
-template <typename Grad> static void gpt_backward(GPT* g, int B) {
+// After chunk_forward on the same batch: adds to every gradient of the chunk. The last chunk begins with the head; the
+// others with what the chunk behind them sent, in g->dresidual, where every chunk leaves what it sends on.
+template <typename Grad> static void chunk_backward(GPT* g, const Pass* pass, int B) {
     const ModelConfig* c = &g->config;
-    int L = c->num_hidden_layers, N = B * g->T, C = c->hidden_size;
-    Parameters<floatX> p = parameters_of(g, g->params, 0);
-    Parameters<Grad> dp = parameters_of(g, (Grad*)g->grads, 0);
-    CUDA_CHECK(cudaMemsetAsync(g->dresidual, 0, (size_t)N * (size_t)C * sizeof(floatX), g->stream));
-    norm_backward(g->dresidual, dp.lnfw, dp.lnfb, g->column_scratch, g->dnorm, residual_into(g, L), p.lnfw,
-                  g->lnf_mean, g->lnf_rstd, N, C, c->family->norm, g->stream);
-    for (int l = L - 1; l >= 0; l--) block_backward<Grad>(g, l, B);
-    embedding_backward(dp.wte, dp.wpe, g->dresidual, batch_array(g, BATCH_INPUTS),
-                       batch_array(g, BATCH_ORDER), B, g->T, C, g->stream);
+    int N = B * g->T, NS = N / g->place.tp_size, C = c->hidden_size, behind = num_buckets(g) - 1;
+    bool first_bucket = pass->embedding || (pass->head && c->tie_word_embeddings);
+    Slot* slot = pass->slot;
+    if (first_bucket) begin_gradients(g, 0);
+    if (pass->head) {
+        begin_gradients(g, behind);
+        Parameters<Grad> dp = gradients_of<Grad>(g, 0);
+        gpt_loss(g, slot, head_of(dp), B);
+        if (g->place.tp == 0) add_sum(&g->control->sums.loss, g->losses, N, g->stream);
+        Parameters<floatX> p = weights_of(g, 0);
+        CUDA_CHECK(cudaMemsetAsync(g->dresidual, 0, (size_t)NS * (size_t)C * sizeof(floatX), g->stream));
+        norm_backward(g->dresidual, dp.lnfw, dp.lnfb, g->column_scratch, g->dnorm,
+                      residual_into(pass, pass->end), p.lnfw, slot->lnf_mean, slot->lnf_rstd, NS, C,
+                      c->family->norm, g->stream);
+        reduce_gradients<Grad>(g, behind, pass->last_micro_batch);
+    }
+    for (int l = pass->end - 1; l >= pass->first; l--) block_backward<Grad>(g, pass, l, B);
+    if (pass->embedding) {
+        Parameters<Grad> dp = gradients_of<Grad>(g, 0);
+        const floatX* dout =
+            tp_gather(&g->tp, g->tp.buffer[0], g->dresidual, N, C, [](int, int, const floatX*) {});
+        embedding_backward(dp.wte, dp.wpe, dout, batch_array(g, slot, BATCH_INPUTS),
+                           batch_array(g, slot, BATCH_ORDER), B, g->T, C, g->stream);
+    }
+    if (first_bucket) reduce_gradients<Grad>(g, 0, pass->last_micro_batch);
 }
 
 // ----------------------------------------------------------------------------
 // step: everything is enqueued at once; the only wait is for what the step reports
 
-// Forward, loss and backward of the micro-batch in g->batch.
-template <typename Grad> static void micro_step_launch(GPT* g) {
-    Parameters<Grad> dp = parameters_of(g, (Grad*)g->grads, 0);
-    gpt_forward(g, g->B);
-    gpt_loss(g, head_of(dp), g->B);
-    add_sum(&g->control->loss_sum, g->losses, (int)rows_of(g), g->stream);
-    gpt_backward<Grad>(g, g->B);
+// The communicator of the link from a stage to the next: neighbours must not have the same one.
+static int link_axis(const GPT* g, int direction, int from) {
+    return direction + (from == g->place.pp_size - 1 ? 2 : from % 2);
 }
 
-static void micro_step(GPT* g) {
+// Sends or receives (NS, C) in a stream of its own: behind what `stream` did so far, or ahead of what it does next.
+static void send_to(GPT* g, enum Link link, const floatX* data, int axis, int to, size_t n) {
+    hand_over(g, g->stream, g->links[link]);
+    comm_send(&g->comm, axis, data, n, to, g->links[link]);
+}
+static void receive_from(GPT* g, enum Link link, floatX* data, int axis, int from, size_t n, cudaEvent_t free,
+                         cudaEvent_t done) {
+    CUDA_CHECK(cudaStreamWaitEvent(g->links[link], free, 0));
+    comm_receive(&g->comm, axis, data, n, from, g->links[link]);
+    CUDA_CHECK(cudaEventRecord(done, g->links[link]));
+    CUDA_CHECK(cudaStreamWaitEvent(g->stream, done, 0));
+}
+
+static int stage_after(const GPT* g) { return (g->place.pp + 1) % g->place.pp_size; }
+static int stage_before(const GPT* g) { return (g->place.pp + g->place.pp_size - 1) % g->place.pp_size; }
+
+static Pass pass_of(GPT* g, const PipelineOp* op, int micro_batches) {
+    Pass pass;
+    int global;
+    chunk_layers(&g->place, &g->run->model, op->chunk, &pass.first, &pass.end, &global);
+    int stage = virtual_stage(&g->place, op->chunk);
+    pass.slot = &g->slots[op->slot];
+    pass.embedding = stage == 0, pass.head = stage == num_virtual_stages(&g->place) - 1;
+    pass.last_micro_batch = op->micro_batch == micro_batches - 1;
+    return pass;
+}
+
+static void upload_batch(GPT* g, const Slot* slot, const int* batch) {
+    CUDA_CHECK(cudaMemcpyAsync(slot->batch, batch, NUM_BATCH_ARRAYS * rows_of(g) * sizeof(int),
+                               cudaMemcpyHostToDevice, g->stream));
+}
+
+static void forward_pass(GPT* g, const Pass* pass, const int* batch, int B) {
+    Slot* slot = pass->slot;
+    size_t n = (size_t)B * (size_t)g->T / (size_t)g->place.tp_size * model_dim(&g->config, DIM_HIDDEN);
+    int before = stage_before(g), after = stage_after(g);
+    upload_batch(g, slot, batch);
+    if (!pass->embedding)
+        receive_from(g, ACTIVATIONS_IN, slot->input, link_axis(g, AXIS_FORWARD, before), before, n,
+                     slot->read, slot->received);
+    if (!pass->head) CUDA_CHECK(cudaStreamWaitEvent(g->stream, slot->sent, 0));
+    chunk_forward(g, pass, B);
+    if (pass->head) return;
+    send_to(g, ACTIVATIONS_OUT, residual_into(pass, pass->end), link_axis(g, AXIS_FORWARD, g->place.pp),
+            after, n);
+    CUDA_CHECK(cudaEventRecord(slot->sent, g->links[ACTIVATIONS_OUT]));
+}
+
+template <typename Grad> static void backward_pass(GPT* g, const Pass* pass) {
+    size_t n = shard_rows(g) * model_dim(&g->config, DIM_HIDDEN);
+    int before = stage_before(g), after = stage_after(g), turn = g->place.pp_size > 1 ? g->passes++ % 2 : 0;
+    g->dresidual = g->residual_gradients[turn];
+    if (g->place.pp_size > 1) CUDA_CHECK(cudaStreamWaitEvent(g->stream, g->gradient_free[turn], 0));
+    if (!pass->head)
+        receive_from(g, GRADIENTS_IN, g->dresidual, link_axis(g, AXIS_BACKWARD, g->place.pp), after, n,
+                     g->gradient_free[turn], g->gradient_received[turn]);
+    chunk_backward<Grad>(g, pass, g->B);
+    CUDA_CHECK(cudaEventRecord(pass->slot->read, g->stream));
+    if (!pass->embedding)
+        send_to(g, GRADIENTS_OUT, g->dresidual, link_axis(g, AXIS_BACKWARD, before), before, n);
+    CUDA_CHECK(
+        cudaEventRecord(g->gradient_free[turn], pass->embedding ? g->stream : g->links[GRADIENTS_OUT]));
+}
+
+// Forward, loss and backward of the micro-batch in the first slot: all of a step's passes where there is one stage.
+template <typename Grad> static void micro_step_launch(GPT* g, bool last_micro_batch) {
+    const PipelineOp op = {PIPELINE_FORWARD, 0, 0, 0};
+    Pass pass = pass_of(g, &op, 1);
+    pass.last_micro_batch = last_micro_batch;
+    chunk_forward(g, &pass, g->B);
+    g->dresidual = g->residual_gradients[0];
+    chunk_backward<Grad>(g, &pass, g->B);
+}
+
+static void micro_step(GPT* g, bool last_micro_batch) {
     if (g->gradients_bf16)
-        micro_step_launch<__nv_bfloat16>(g);
+        micro_step_launch<__nv_bfloat16>(g, last_micro_batch);
     else
-        micro_step_launch<float>(g);
+        micro_step_launch<float>(g, last_micro_batch);
 }
 
 // The same through a CUDA graph, recorded at the second call: the first makes the plans of all matmuls, and
 // autotuning cannot be recorded. grad_scale is part of it: every step of a run has as many targets.
 static void micro_step_through_graph(GPT* g) {
     if (!g->plans_made) {
-        micro_step(g);
+        micro_step(g, false);
         g->plans_made = true;
         return;
     }
     if (g->micro_step_graph == NULL) {
         cudaGraph_t graph;
         CUDA_CHECK(cudaStreamBeginCapture(g->stream, cudaStreamCaptureModeThreadLocal));
-        micro_step(g);
+        micro_step(g, false);
         CUDA_CHECK(cudaStreamEndCapture(g->stream, &graph));
         CUDA_CHECK(cudaGraphInstantiate(&g->micro_step_graph, graph, 0));
         CUDA_CHECK(cudaGraphDestroy(graph));
@@ -565,25 +1020,46 @@ static void micro_step_through_graph(GPT* g) {
     CUDA_CHECK(cudaGraphLaunch(g->micro_step_graph, g->stream));
 }
 
+// Every pass of a step, in the order of the schedule.
+static void run_passes(GPT* g) {
+    size_t micro_batch = NUM_BATCH_ARRAYS * rows_of(g);
+    const int* batches = g->step_batch[g->step_slot];
+    if (g->list_micro_batches != g->step_micro_batches) {
+        free(g->list.ops);
+        g->list_micro_batches = g->step_micro_batches;
+        g->list = pass_list(g, g->step_micro_batches);
+        CHECK(g->list.num_slots <= g->num_slots);
+    }
+    for (int i = 0; i < g->list.count; i++) {
+        const PipelineOp* op = &g->list.ops[i];
+        Pass pass = pass_of(g, op, g->step_micro_batches);
+        if (op->kind == PIPELINE_FORWARD)
+            forward_pass(g, &pass, batches + (size_t)op->micro_batch * micro_batch, g->B);
+        else if (g->gradients_bf16)
+            backward_pass<__nv_bfloat16>(g, &pass);
+        else
+            backward_pass<float>(g, &pass);
+    }
+}
+
 // rows (B, T + 1) -> the arrays of one micro-batch: inputs and targets, one shifted against the other, where
 // documents start, and the positions in the order of their tokens, by which the embedding's gradient is summed.
+// Inputs are rows of this rank's part of the embedding.
 static void fill_batch(GPT* g, int* batch, const int32_t* rows, int num_rows, bool document_mask,
                        int eot_id) {
     size_t N = rows_of(g), T = (size_t)g->T;
+    int V = g->config.vocab_size, first = g->place.tp_size > 1 ? g->place.tp * V : 0;
+    int* inputs = batch + BATCH_INPUTS * N;
     for (size_t b = 0; b < (size_t)num_rows; b++) {
         const int32_t* row = rows + b * (T + 1);
-        memcpy(batch + BATCH_INPUTS * N + b * T, row, T * sizeof(int));
+        memcpy(inputs + b * T, row, T * sizeof(int));
         memcpy(batch + BATCH_TARGETS * N + b * T, row + 1, T * sizeof(int));
         if (document_mask) document_starts(batch + BATCH_DOC_START * N + b * T, row, g->T, eot_id);
     }
-    token_order(batch + BATCH_ORDER * N, batch + BATCH_INPUTS * N, num_rows * g->T, g->config.vocab_size,
-                g->order_counts);
+    for (size_t i = 0; g->place.tp_size > 1 && i < (size_t)num_rows * T; i++)
+        inputs[i] = inputs[i] >= first && inputs[i] < first + V ? inputs[i] - first : -1;
+    token_order(batch + BATCH_ORDER * N, inputs, num_rows * g->T, V, g->order_counts);
     g->document_mask = document_mask;
-}
-
-static void upload_batch(GPT* g, const int* batch) {
-    CUDA_CHECK(cudaMemcpyAsync(g->batch, batch, NUM_BATCH_ARRAYS * rows_of(g) * sizeof(int),
-                               cudaMemcpyHostToDevice, g->stream));
 }
 
 // Prepares the rows of the next step (num_rows, T + 1) while the device works on the current one.
@@ -591,21 +1067,40 @@ void gpt_load_batch(GPT* g, const int32_t* rows, int num_rows, bool document_mas
     size_t micro_batch = NUM_BATCH_ARRAYS * rows_of(g), row = (size_t)(g->T + 1);
     g->step_slot = !g->step_slot; // the other one is being read
     g->step_micro_batches = num_rows / g->B;
-    g->grad_scale = (float)(1.0 / ((double)num_rows * g->T)); // training masks no target
+    // training masks no target
+    g->grad_scale = (float)(1.0 / ((double)num_rows * g->place.dp_size * g->T));
     for (int i = 0; i < g->step_micro_batches; i++)
         fill_batch(g, g->step_batch[g->step_slot] + (size_t)i * micro_batch, rows + (size_t)(i * g->B) * row,
                    g->B, document_mask, eot_id);
 }
 
+// From complete gradients to new weights. A tied embedding is in the first and the last stage, and each has what it
+// added to the gradient.
 template <typename Grad, typename Moment>
 static void update_launch(GPT* g, const RunConfig* run, double num_targets) {
-    size_t n = g->layout.num_parameters;
-    global_norm_squared(g->norm_partials, (const Grad*)g->grads, n, g->stream);
-    update_control(g->control, g->norm_partials, global_norm_parts<Grad>(n), num_targets,
-                   run->optimizer.grad_clip, run->optimizer.beta1, run->optimizer.beta2, g->stream);
+    const Layout* l = &g->place;
+    hand_over(g, g->comm_stream, g->stream);
+    if (g->config.tie_word_embeddings && (has_embedding(l) || has_head(l)))
+        comm_all_reduce(&g->comm, AXIS_TIED, slice_gradients<Grad>(g, 0), state_slice(g, 0).size, g->stream);
+    for (int b = 0; b < num_buckets(g); b++) { // each rank counts a share, also where it has more
+        size_t share = bucket_at(g, b).size / (size_t)l->dp_size, first = share * (size_t)l->dp;
+        const Grad* grads = slice_gradients<Grad>(g, b) + (g->zero == ZERO_NONE ? first : 0);
+        global_norm_squared(&g->control->sums.norm_squared, grads, share, first, &g->tables[b], g->stream);
+    }
+    comm_all_reduce(&g->comm, AXIS_WORLD, (long long*)&g->control->sums, STEP_SUMS, g->stream);
+    update_control(g->control, num_targets, run->optimizer.grad_clip, run->optimizer.beta1,
+                   run->optimizer.beta2, g->stream);
     CUDA_CHECK(cudaStreamWaitEvent(g->stream, g->snapshot_done, 0)); // weights may still be being copied
-    adamw_update(g->params, g->remainder, (Grad*)g->grads, (Moment*)g->m, (Moment*)g->v, &g->layout, run,
-                 g->control, g->stream);
+    for (int b = 0; b < num_buckets(g); b++) {
+        Slice s = state_slice(g, b);
+        adamw_update(slice_weights(g, b), g->remainder != NULL ? g->remainder + s.at : NULL,
+                     slice_gradients<Grad>(g, b), (Moment*)g->m + s.at, (Moment*)g->v + s.at, s.size, s.first,
+                     &g->tables[b], run, g->control, g->stream);
+        if (!g->grad_windows && s.size != bucket_at(g, b).size)
+            CUDA_CHECK(cudaMemsetAsync(bucket_gradients<Grad>(g, b), 0, bucket_at(g, b).size * sizeof(Grad),
+                                       g->stream));
+        gather_weights(g, b);
+    }
 }
 
 static void update(GPT* g, const RunConfig* run, double num_targets) {
@@ -622,18 +1117,16 @@ static void update(GPT* g, const RunConfig* run, double num_targets) {
 }
 
 // Enqueues one optimizer step on the rows of gpt_load_batch. applied_steps: those before this one.
-void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_steps) {
+void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_steps, bool stop) {
     size_t micro_batch = NUM_BATCH_ARRAYS * rows_of(g);
     nvtxRangePushA("step");
-    step_control_begin(g->control, lr, applied_steps, g->stream);
-    for (int i = 0; i < g->step_micro_batches; i++) {
-        upload_batch(g, g->step_batch[g->step_slot] + (size_t)i * micro_batch);
-        if (g->use_graph)
-            micro_step_through_graph(g);
-        else
-            micro_step(g);
+    step_control_begin(g->control, lr, applied_steps, stop, g->stream);
+    for (int i = 0; g->use_graph && i < g->step_micro_batches; i++) {
+        upload_batch(g, &g->slots[0], g->step_batch[g->step_slot] + (size_t)i * micro_batch);
+        micro_step_through_graph(g);
     }
-    update(g, run, (double)g->step_micro_batches * (double)rows_of(g));
+    if (!g->use_graph) run_passes(g);
+    update(g, run, (double)g->step_micro_batches * (double)rows_of(g) * g->place.dp_size);
     CUDA_CHECK(
         cudaMemcpyAsync(g->host_control, g->control, sizeof *g->control, cudaMemcpyDeviceToHost, g->stream));
     CUDA_CHECK(cudaEventRecord(g->step_done, g->stream));
@@ -645,20 +1138,26 @@ StepResult gpt_finish_step(GPT* g) {
     CUDA_CHECK(cudaEventSynchronize(g->step_done));
     memset(&r, 0, sizeof r);
     r.loss = g->host_control->loss, r.grad_norm = g->host_control->grad_norm;
-    r.applied = g->host_control->applied != 0;
+    r.applied = g->host_control->applied != 0, r.stop = g->host_control->sums.stops != 0;
     return r;
 }
 
-// The loss of every token of at most B rows (num_rows, T + 1), for evaluation; valid until the next call.
+// The loss of every token of at most B rows (num_rows, T + 1), for evaluation; valid until the next call. NULL where
+// another stage of the pipeline has them.
 const float* gpt_losses(GPT* g, const int32_t* rows, int num_rows, bool document_mask, int eot_id) {
     fill_batch(g, g->eval_batch, rows, num_rows, document_mask, eot_id);
-    upload_batch(g, g->eval_batch);
-    gpt_forward(g, num_rows);
-    gpt_loss(g, (float*)NULL, num_rows);
-    CUDA_CHECK(cudaMemcpyAsync(g->host_losses, g->losses, (size_t)(num_rows * g->T) * sizeof(float),
-                               cudaMemcpyDeviceToHost, g->stream));
-    CUDA_CHECK(cudaStreamSynchronize(g->stream));
-    return g->host_losses;
+    for (int chunk = 0; chunk < g->place.num_chunks; chunk++) {
+        const PipelineOp op = {PIPELINE_FORWARD, 0, chunk, 0};
+        Pass pass = pass_of(g, &op, 1);
+        forward_pass(g, &pass, g->eval_batch, num_rows);
+        CUDA_CHECK(cudaEventRecord(pass.slot->read, g->stream));
+        if (!pass.head) continue;
+        gpt_loss(g, pass.slot, (float*)NULL, num_rows);
+        CUDA_CHECK(cudaMemcpyAsync(g->host_losses, g->losses, (size_t)(num_rows * g->T) * sizeof(float),
+                                   cudaMemcpyDeviceToHost, g->stream));
+    }
+    CUDA_CHECK(cudaDeviceSynchronize());
+    return has_head(&g->place) ? g->host_losses : NULL;
 }
 
 // ----------------------------------------------------------------------------
@@ -684,7 +1183,7 @@ static bool allocate_pinned(void** memory, size_t bytes, const char* what, Error
 static bool create_host_buffers(GPT* g, int rows_per_step, Error* err) {
     size_t micro_batch = NUM_BATCH_ARRAYS * rows_of(g) * sizeof(int);
     size_t step = micro_batch * (size_t)(rows_per_step / g->B);
-    g->order_counts = (int*)malloc_check(((size_t)g->config.vocab_size + 1) * sizeof(int));
+    g->order_counts = (int*)malloc_check(((size_t)g->config.vocab_size + 2) * sizeof(int));
     return allocate_pinned((void**)&g->step_batch[0], step, "batches", err) &&
            allocate_pinned((void**)&g->step_batch[1], step, "batches", err) &&
            allocate_pinned((void**)&g->eval_batch, micro_batch, "batches", err) &&
@@ -702,26 +1201,91 @@ static void upload_rope_table(GPT* g) {
     free(table);
 }
 
-// training: with gradients, moments and what a backward pass needs.
-bool gpt_create(GPT* g, const RunConfig* run, int B, int T, bool training, Error* err) {
-    gpt_configure(g, run, B, T);
-    g->layers = (LayerActivations*)calloc_check((size_t)run->model.num_hidden_layers, sizeof *g->layers);
-    if (!device_open(&g->device, err)) return false;
-    CUDA_CHECK(cudaStreamCreateWithFlags(&g->stream, cudaStreamNonBlocking));
-    CUDA_CHECK(cudaStreamCreateWithFlags(&g->copy_stream, cudaStreamNonBlocking));
-    CUDA_CHECK(cudaEventCreateWithFlags(&g->step_done, cudaEventDisableTiming));
-    CUDA_CHECK(cudaEventCreateWithFlags(&g->snapshot_done, cudaEventDisableTiming));
+// Every stream (create) or every event of a model: made, or done away with.
+static void for_streams(GPT* g, bool create) {
+    cudaStream_t* streams[] = {&g->stream,
+                               &g->copy_stream,
+                               &g->comm_stream,
+                               &g->tp.comm_stream,
+                               &g->links[ACTIVATIONS_IN],
+                               &g->links[ACTIVATIONS_OUT],
+                               &g->links[GRADIENTS_IN],
+                               &g->links[GRADIENTS_OUT]};
+    for (size_t i = 0; i < sizeof streams / sizeof streams[0]; i++) {
+        if (create)
+            CUDA_CHECK(cudaStreamCreateWithFlags(streams[i], cudaStreamNonBlocking));
+        else
+            CUDA_CHECK(cudaStreamDestroy(*streams[i]));
+    }
+}
+
+static void for_event(cudaEvent_t* event, bool create) {
+    if (create)
+        CUDA_CHECK(cudaEventCreateWithFlags(event, cudaEventDisableTiming));
+    else
+        CUDA_CHECK(cudaEventDestroy(*event));
+}
+
+static void for_events(GPT* g, bool create) {
+    cudaEvent_t* events[] = {&g->step_done, &g->snapshot_done, &g->hand_over, &g->tp.ready};
+    for (size_t i = 0; i < sizeof events / sizeof events[0]; i++) for_event(events[i], create);
+    for (int k = 0; k < TP_PIECES; k++) for_event(&g->tp.arrived[k], create);
+    for (int b = 0; b < num_buckets(g); b++) for_event(&g->weights_ready[b], create);
+    for (int i = 0; i < 2; i++)
+        for_event(&g->gradient_received[i], create), for_event(&g->gradient_free[i], create);
+    for (int i = 0; i < g->num_slots; i++) {
+        Slot* slot = &g->slots[i];
+        for_event(&slot->received, create), for_event(&slot->sent, create), for_event(&slot->read, create);
+    }
+    for (int w = 0; w < NUM_WINDOWS; w++) {
+        Window* window = &g->windows[w];
+        window->holds = -1;
+        for_event(&window->gathered, create), for_event(&window->used, create);
+        for_event(&window->grads_summed, create);
+    }
+}
+
+// What the update knows of each bucket: its tensors, by the number of its layer in the whole model.
+static void make_bucket_tables(GPT* g) {
+    const ModelConfig* whole = &g->run->model;
+    int L = g->config.num_hidden_layers, first, end, global;
+    g->tables = (BucketTable*)calloc_check((size_t)L + 2, sizeof *g->tables);
+    g->tables[0] = bucket_table(whole, &g->place, -1);
+    g->tables[L + 1] = bucket_table(whole, &g->place, whole->num_hidden_layers);
+    for (int c = 0; c < g->place.num_chunks; c++) {
+        chunk_layers(&g->place, whole, c, &first, &end, &global);
+        for (int l = first; l < end; l++)
+            g->tables[1 + l] = bucket_table(whole, &g->place, global + l - first);
+    }
+}
+
+static bool create_memory(GPT* g, bool training, Error* err) {
     for (int i = 0; i < NUM_MEMORY_CLASSES; i++) {
         Arena arena = {NULL, 0};
         lay_out(g, i, &arena, training);
         if (arena.used == 0) continue;
         if (!allocate(&g->memory[i], arena.used, memory_class_names[i], err)) return false;
-        // gradients and moments start at zero, and so do the padding rows of the vocabulary
+        // gradients and moments start at zero, and so does the padding of the vocabulary and of buckets
         if (i < MEMORY_ACTIVATIONS) CUDA_CHECK(cudaMemsetAsync(g->memory[i], 0, arena.used, g->stream));
         Arena real_arena = {(char*)g->memory[i], 0};
         lay_out(g, i, &real_arena, training);
     }
-    if (!create_host_buffers(g, training ? run->batch.global_batch_size : 0, err)) return false;
+    return true;
+}
+
+// training: with gradients, moments and what a backward pass needs. With several processes gpt_connect follows.
+bool gpt_create(GPT* g, const RunConfig* run, int B, int T, bool training, Error* err) {
+    gpt_configure(g, run, B, T, training);
+    if (!device_open(&g->device, err)) return false;
+    make_bucket_tables(g);
+    g->weights_ready = (cudaEvent_t*)calloc_check((size_t)num_buckets(g), sizeof *g->weights_ready);
+    for_streams(g, true);
+    for_events(g, true);
+    comm_reset(&g->comm, &g->place);
+    g->tp.comm = &g->comm, g->tp.size = g->place.tp_size, g->tp.stream = g->stream;
+    if (!create_memory(g, training, err) ||
+        !create_host_buffers(g, training ? run->batch.global_batch_size / g->place.dp_size : 0, err))
+        return false;
     if (g->rope_cos != NULL) upload_rope_table(g);
     CUDA_CHECK(cudaDeviceSynchronize());
     char choices[PATH_MAX];
@@ -731,158 +1295,220 @@ bool gpt_create(GPT* g, const RunConfig* run, int B, int T, bool training, Error
                        tune ? choices : NULL, g->stream, err);
 }
 
+bool gpt_connect(GPT* g, Control* control, Error* err) {
+    return comm_open(&g->comm, &g->place, kv_replicas(&g->run->model, &g->place), control, err);
+}
+
 void gpt_free(GPT* g) {
-    if (g->layers == NULL) return;
+    if (g->slots == NULL) return;
     if (g->stream != NULL) {
         CUDA_CHECK(cudaDeviceSynchronize());
+        comm_close(&g->comm);
         matmul_free(&g->matmul);
         if (g->micro_step_graph != NULL) CUDA_CHECK(cudaGraphExecDestroy(g->micro_step_graph));
         for (int i = 0; i < NUM_MEMORY_CLASSES; i++) CUDA_CHECK(cudaFree(g->memory[i]));
-        void* pinned[] = {g->step_batch[0], g->step_batch[1], g->eval_batch,
-                          g->host_losses,   g->host_control,  g->host.params,
-                          g->host.m,        g->host.v,        g->host_remainder};
+        void* pinned[] = {g->step_batch[0], g->step_batch[1], g->eval_batch, g->host_losses,
+                          g->host_control,  g->host.params,   g->host.m,     g->host.v};
         for (size_t i = 0; i < sizeof pinned / sizeof pinned[0]; i++)
             if (pinned[i] != NULL) CUDA_CHECK(cudaFreeHost(pinned[i]));
-        CUDA_CHECK(cudaEventDestroy(g->step_done));
-        CUDA_CHECK(cudaEventDestroy(g->snapshot_done));
-        CUDA_CHECK(cudaStreamDestroy(g->stream));
-        CUDA_CHECK(cudaStreamDestroy(g->copy_stream));
+        for_events(g, false);
+        for_streams(g, false);
     }
     free(g->order_counts);
-    free(g->layers);
+    gpt_release(g);
     memset(g, 0, sizeof *g);
 }
 
 // ----------------------------------------------------------------------------
-// host: checkpoints are read into and written from a copy in fp32 in the host's memory
+// host: checkpoints are read into and written from the host's memory, in fp32, by whole tensors, which each have one
+// process that reads and writes them. State travels between that one and the ranks that compute with it:
+//
+//     rank's slice of weights or moments -> staging, in fp32 -> the owner's staging -> its place in the whole tensor
 
-// Elements [first, first + count) of the weights from fp32: rounded, and what is left where that is kept.
-static void upload_weights(GPT* g, size_t first, const float* from, size_t count) {
-    const size_t PIECE = (size_t)1 << 20;
-    if (sizeof(floatX) == sizeof(float)) {
-        CUDA_CHECK(cudaMemcpy(g->params + first, from, count * sizeof *from, cudaMemcpyHostToDevice));
-        return;
-    }
-    uint16_t* high = (uint16_t*)malloc_check(PIECE * sizeof *high);
-    int16_t* low = (int16_t*)malloc_check(PIECE * sizeof *low);
-    for (size_t at = 0; at < count; at += PIECE) {
-        size_t n = count - at < PIECE ? count - at : PIECE, bytes = n * sizeof *high;
-#pragma omp parallel for schedule(static)
-        for (size_t i = 0; i < n; i++) split_float(&high[i], &low[i], from[at + i]);
-        CUDA_CHECK(cudaMemcpy(g->params + first + at, high, bytes, cudaMemcpyHostToDevice));
-        if (g->remainder != NULL)
-            CUDA_CHECK(cudaMemcpy(g->remainder + first + at, low, bytes, cudaMemcpyHostToDevice));
-    }
-    free(high), free(low);
-}
-
-static void upload_moment(GPT* g, void* moment, const float* from, size_t count) {
-    const size_t PIECE = (size_t)1 << 20;
-    if (!g->moments_bf16) {
-        CUDA_CHECK(cudaMemcpy(moment, from, count * sizeof *from, cudaMemcpyHostToDevice));
-        return;
-    }
-    __nv_bfloat16* rounded = (__nv_bfloat16*)malloc_check(PIECE * sizeof *rounded);
-    for (size_t at = 0; at < count; at += PIECE) {
-        size_t n = count - at < PIECE ? count - at : PIECE;
-#pragma omp parallel for schedule(static)
-        for (size_t i = 0; i < n; i++) rounded[i] = __float2bfloat16_rn(from[at + i]);
-        CUDA_CHECK(
-            cudaMemcpy((__nv_bfloat16*)moment + at, rounded, n * sizeof *rounded, cudaMemcpyHostToDevice));
-    }
-    free(rounded);
-}
-
-void gpt_init_weights(GPT* g, uint64_t seed) {
-    size_t largest = 0;
-    for (int i = 0; i < NUM_TENSORS; i++) largest = larger(largest, g->layout.size[i]);
-    float* tensor = (float*)malloc_check(largest * sizeof *tensor);
-    for (int i = 0; i < NUM_TENSORS; i++) {
-        enum TensorId id = (enum TensorId)i;
-        for (int l = 0; l < tensor_copies(&g->config, id); l++) {
-            init_tensor(tensor, &g->config, id, l, seed);
-            upload_weights(g, tensor_offset(&g->layout, id, l), tensor, g->layout.size[i]);
-        }
-    }
-    CUDA_CHECK(cudaDeviceSynchronize()); // no other stream waits for copies out of pageable memory
-    free(tensor);
-}
-
-// Made when it is first asked for: a run that never saves does without.
+// Made when it is first asked for.
 HostState gpt_host_state(GPT* g) {
     Error err = {0, {0}};
-    size_t n = g->layout.num_parameters, bytes = n * sizeof(float);
-    if (g->host.params != NULL) return g->host;
-    bool ok = allocate_pinned((void**)&g->host.params, bytes, "checkpoint", &err);
-    if (ok && g->remainder != NULL)
-        ok = allocate_pinned((void**)&g->host_remainder, n * sizeof(int16_t), "checkpoint", &err);
+    HostState* host = &g->host;
+    if (host->params != NULL) return *host;
+    tensors_owned(&g->run->model, g->place.rank, g->place.size, &host->begin, &host->end);
+    size_t bytes = (host->end - host->begin) * sizeof(float);
+    bool ok = allocate_pinned((void**)&host->params, bytes, "checkpoint", &err);
     if (ok && g->m != NULL)
-        ok = allocate_pinned((void**)&g->host.m, bytes, "checkpoint", &err) &&
-             allocate_pinned((void**)&g->host.v, bytes, "checkpoint", &err);
+        ok = allocate_pinned((void**)&host->m, bytes, "checkpoint", &err) &&
+             allocate_pinned((void**)&host->v, bytes, "checkpoint", &err);
     if (!ok) exit_with(&err);
-    return g->host;
+    return *host;
 }
 
-// After a checkpoint was read into the host's copy.
+enum StateArray { STATE_WEIGHTS, STATE_M, STATE_V, NUM_STATE_ARRAYS };
+
+static __global__ void join_kernel(float* out, const floatX* weights, const int16_t* remainder, size_t n) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    float x = to_float(weights[i]);
+    out[i] = remainder != NULL ? join_float((uint16_t)(bits_of_float(x) >> 16), remainder[i]) : x;
+}
+
+static __global__ void split_kernel(floatX* weights, int16_t* remainder, const float* in, size_t n) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    uint16_t high;
+    int16_t low;
+    split_float(&high, &low, in[i]);
+    float rounded = float_of_bits((uint32_t)high << 16);
+    weights[i] = from_float<floatX>(sizeof(floatX) == sizeof(float) ? in[i] : rounded);
+    if (remainder != NULL) remainder[i] = low;
+}
+
+template <typename To, typename From>
+static __global__ void convert_kernel(To* out, const From* in, size_t n) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < n) out[i] = from_float<To>(to_float(in[i]));
+}
+
+// Elements [at, at + n) of this rank's slice of a bucket's state, in fp32, out of the model or into it.
+static void stage(GPT* g, enum StateArray array, int b, size_t at, size_t n, bool out) {
+    Slice s = state_slice(g, b);
+    unsigned blocks = (unsigned)ceil_div(n, 256);
+    cudaStream_t stream = g->copy_stream;
+    float* staging = g->staging;
+    floatX* weights = slice_weights(g, b) + at;
+    int16_t* remainder = g->remainder != NULL ? g->remainder + s.at + at : NULL;
+    char* moment = (char*)(array == STATE_M ? g->m : g->v) + (s.at + at) * moment_bytes(g);
+    if (array == STATE_WEIGHTS && out)
+        join_kernel<<<blocks, 256, 0, stream>>>(staging, weights, remainder, n);
+    else if (array == STATE_WEIGHTS)
+        split_kernel<<<blocks, 256, 0, stream>>>(weights, remainder, staging, n);
+    else if (g->moments_bf16 && out)
+        convert_kernel<<<blocks, 256, 0, stream>>>(staging, (const __nv_bfloat16*)(void*)moment, n);
+    else if (g->moments_bf16)
+        convert_kernel<<<blocks, 256, 0, stream>>>((__nv_bfloat16*)(void*)moment, staging, n);
+    else
+        CUDA_CHECK(cudaMemcpyAsync(out ? (void*)staging : moment, out ? moment : (char*)(void*)staging,
+                                   n * sizeof(float), cudaMemcpyDeviceToDevice, stream));
+    LAUNCH_CHECK();
+}
+
+// Elements [at, at + n) of a part, row by row, between staging and their places in the whole tensor (cols wide).
+static void copy_rectangle(GPT* g, float* tensor, size_t cols, const TensorPart* part, size_t at, size_t n,
+                           bool to_host) {
+    const float* staged = g->staging;
+    while (n > 0) { // the rest of a row, whole rows, the start of a row
+        size_t row = at / part->cols, col = at % part->cols,
+               rows = col == 0 && n >= part->cols ? n / part->cols : 1;
+        size_t width = col == 0 && n >= part->cols ? part->cols : part->cols - col < n ? part->cols - col : n;
+        if (part->cols == cols && rows > 1) width *= rows, rows = 1; // they lie one behind the other
+        float* place = tensor + (part->row + row) * cols + part->col + col;
+        size_t bytes = width * sizeof(float), pitch = cols * sizeof(float);
+        if (to_host)
+            CUDA_CHECK(cudaMemcpy2DAsync(place, larger(pitch, bytes), staged, bytes, bytes, rows,
+                                         cudaMemcpyDeviceToHost, g->copy_stream));
+        else
+            CUDA_CHECK(cudaMemcpy2DAsync((void*)staged, bytes, place, larger(pitch, bytes), bytes, rows,
+                                         cudaMemcpyHostToDevice, g->copy_stream));
+        staged += rows * width, at += rows * width, n -= rows * width;
+    }
+}
+
+// One piece on its way: elements [at, at + n) of a part of tensor (id, layer), which a rank has from element `in_slice`
+// of its slice of bucket b on.
+typedef struct {
+    enum StateArray array;
+    enum TensorId id;
+    int layer, rank, owner, bucket;
+    const TensorPart* part;
+    size_t in_slice, at, n;
+} StatePiece;
+
+static void move_piece(GPT* g, const StatePiece* p, bool to_host) {
+    ParameterLayout whole = parameter_layout(&g->run->model);
+    int me = g->place.rank;
+    if (me != p->rank && me != p->owner) return;
+    float* arrays[NUM_STATE_ARRAYS] = {g->host.params, g->host.m, g->host.v};
+    float* tensor =
+        me != p->owner ? NULL : arrays[p->array] + (tensor_offset(&whole, p->id, p->layer) - g->host.begin);
+    if (to_host && me == p->rank) stage(g, p->array, p->bucket, p->in_slice, p->n, true);
+    if (!to_host && me == p->owner) copy_rectangle(g, tensor, whole.cols[p->id], p->part, p->at, p->n, false);
+    int from = to_host ? p->rank : p->owner, to = to_host ? p->owner : p->rank;
+    if (from != to && me == from) comm_send(&g->comm, AXIS_WORLD, g->staging, p->n, to, g->copy_stream);
+    if (from != to && me == to) comm_receive(&g->comm, AXIS_WORLD, g->staging, p->n, from, g->copy_stream);
+    if (to_host && me == p->owner) copy_rectangle(g, tensor, whole.cols[p->id], p->part, p->at, p->n, true);
+    if (!to_host && me == p->rank) stage(g, p->array, p->bucket, p->in_slice, p->n, false);
+}
+
+// All that one rank (tp, dp, pp) has of a tensor. Everybody goes through all pieces in the same order.
+static void move_shard(GPT* g, enum StateArray array, enum TensorId id, int layer, int local, int rank,
+                       bool to_host) {
+    const ModelConfig* whole = &g->run->model;
+    Layout l = layout_at(g->place, rank);
+    ModelConfig config = model_part(whole, &l);
+    ParameterLayout layout = layout_parameters(&config, &l), all = parameter_layout(whole);
+    int b = tensor_bucket(id, local, config.num_hidden_layers);
+    Bucket bucket = parameter_bucket(&layout, config.num_hidden_layers, b);
+    size_t share = bucket.size / (size_t)l.dp_size, begin = share * (size_t)l.dp;
+    bool whole_state = g->zero == ZERO_NONE;
+    if (whole_state) begin = 0, share = bucket.size;
+    TensorPart parts[3];
+    int count = tensor_parts(parts, whole, &l, id);
+    for (int k = 0; k < count; k++) {
+        if (to_host && (!parts[k].counted || (whole_state && l.dp > 0))) continue;
+        size_t first =
+            tensor_offset(&layout, id, local) - bucket.begin + parts[k].local_row * layout.cols[id];
+        size_t from = larger(first, begin), end = first + parts[k].rows * layout.cols[id];
+        if (end > begin + share) end = begin + share;
+        for (size_t n; from < end; from += n) {
+            n = end - from < STAGING_ELEMENTS ? end - from : STAGING_ELEMENTS;
+            StatePiece piece = {array,
+                                id,
+                                layer,
+                                rank,
+                                tensor_owner(&all, tensor_offset(&all, id, layer), l.size),
+                                b,
+                                &parts[k],
+                                from - begin,
+                                from - first,
+                                n};
+            move_piece(g, &piece, to_host);
+        }
+    }
+}
+
+static void move_state(GPT* g, enum StateArray array, bool to_host) {
+    const ModelConfig* whole = &g->run->model;
+    const Layout* l = &g->place;
+    ParameterLayout all = parameter_layout(whole);
+    for (int i = 0; i < NUM_TENSORS; i++)
+        for (int layer = 0; layer < tensor_copies(whole, (enum TensorId)i) && all.size[i] != 0; layer++) {
+            int place = tensor_table[i].place, stage = place == BEFORE_LAYERS ? 0 : l->pp_size - 1, local = 0;
+            if (place == PER_LAYER) find_layer(l, whole, layer, &stage, &local);
+            // the last stage has the first bucket, too, where the head is tied to it
+            bool twice = place == BEFORE_LAYERS && whole->tie_word_embeddings && l->pp_size > 1 && !to_host;
+            for (int pp = stage; pp < l->pp_size; pp += twice ? l->pp_size - 1 : l->pp_size)
+                for (int r = layout_rank(l, 0, 0, pp); r < layout_rank(l, 0, 0, pp + 1); r++)
+                    move_shard(g, array, (enum TensorId)i, layer, local, r, to_host);
+        }
+}
+
+// After the host's state was read, or made.
 void gpt_from_host(GPT* g) {
-    size_t n = g->layout.num_parameters;
-    upload_weights(g, 0, g->host.params, n);
-    if (g->m != NULL) {
-        upload_moment(g, g->m, g->host.m, n);
-        upload_moment(g, g->v, g->host.v, n);
-    }
-    CUDA_CHECK(cudaDeviceSynchronize()); // as in gpt_init_weights
-}
-
-// The device's bf16 array lies in the upper half of the fp32 one, which it becomes, with low halves if there
-// are any.
-//
-//     out   |  0   1   2   3  ...          n-1 |      out[i] begins at byte 4 i
-//     in    |                | 0 1 2 3 ... n-1 |      in[i] begins at byte 2 n + 2 i
-//
-// Front to back, in pieces that end where what is written would reach what is still to be read.
-static void widen_in_place(float* out, const int16_t* low, size_t n) {
-    const uint16_t* in = (const uint16_t*)(const void*)out + n;
-    for (size_t first = 0, end; first < n; first = end) {
-        end = (n + first) / 2;
-        end = end > first ? end : first + 1;
-#pragma omp parallel for schedule(static)
-        for (size_t i = first; i < end; i++) out[i] = join_float(in[i], low != NULL ? low[i] : 0);
-    }
-}
-
-// Where the bytes of the device's array land so that widen_in_place finds them.
-static void* landing(float* array, size_t n, size_t element) {
-    return element == sizeof(float) ? (void*)array : (void*)((uint16_t*)(void*)array + n);
+    for (int a = 0; a < NUM_STATE_ARRAYS && (a == 0 || g->m != NULL); a++)
+        move_state(g, (enum StateArray)a, false);
+    CUDA_CHECK(cudaDeviceSynchronize());
+    for (int b = 0; b < num_buckets(g); b++) gather_weights(g, b);
+    CUDA_CHECK(cudaDeviceSynchronize());
 }
 
 // Begins to copy weights and moments to the host; the next step's update waits for it, nothing else does.
 void gpt_snapshot(GPT* g) {
-    size_t n = g->layout.num_parameters, moment = g->moments_bf16 ? sizeof(__nv_bfloat16) : sizeof(float);
-    HostState host = gpt_host_state(g);
+    gpt_host_state(g);
     CUDA_CHECK(cudaStreamWaitEvent(g->copy_stream, g->step_done, 0));
-    CUDA_CHECK(cudaMemcpyAsync(landing(host.params, n, sizeof(floatX)), g->params, n * sizeof(floatX),
-                               cudaMemcpyDeviceToHost, g->copy_stream));
-    if (g->remainder != NULL)
-        CUDA_CHECK(cudaMemcpyAsync(g->host_remainder, g->remainder, n * sizeof(int16_t),
-                                   cudaMemcpyDeviceToHost, g->copy_stream));
-    CUDA_CHECK(cudaMemcpyAsync(landing(host.m, n, moment), g->m, n * moment, cudaMemcpyDeviceToHost,
-                               g->copy_stream));
-    CUDA_CHECK(cudaMemcpyAsync(landing(host.v, n, moment), g->v, n * moment, cudaMemcpyDeviceToHost,
-                               g->copy_stream));
+    for (int a = 0; a < NUM_STATE_ARRAYS && (a == 0 || g->m != NULL); a++)
+        move_state(g, (enum StateArray)a, true);
     CUDA_CHECK(cudaEventRecord(g->snapshot_done, g->copy_stream));
 }
 
-// Until the host's copy is whole, in fp32. Called by the thread that writes it.
-void gpt_snapshot_wait(GPT* g) {
-    size_t n = g->layout.num_parameters;
-    CUDA_CHECK(cudaEventSynchronize(g->snapshot_done));
-    if (sizeof(floatX) != sizeof(float))
-        widen_in_place(g->host.params, g->remainder != NULL ? g->host_remainder : NULL, n);
-    if (!g->moments_bf16) return;
-    widen_in_place(g->host.m, NULL, n);
-    widen_in_place(g->host.v, NULL, n);
-}
+// Until the host's copy is whole. Called by the thread that writes it.
+void gpt_snapshot_wait(GPT* g) { CUDA_CHECK(cudaEventSynchronize(g->snapshot_done)); }
 
 // ----------------------------------------------------------------------------
 // decoding: one token at a time; keys and values of the past are kept, so that a token costs one row
@@ -936,13 +1562,13 @@ void decoder_step(Decoder* d, int token) {
     cudaStream_t stream = g->stream;
     CHECK(d->length < d->capacity);
     CUDA_CHECK(cudaMemcpyAsync(d->token, &token, sizeof token, cudaMemcpyHostToDevice, stream));
-    Parameters<floatX> p = parameters_of(g, g->params, 0);
+    Parameters<floatX> p = weights_of(g, 0);
     floatX* position = p.wpe != NULL ? p.wpe + (size_t)d->length * (size_t)C : NULL;
     LayerActivations mlp = {};
     mlp.ln2 = d->norm, mlp.fc = d->fc, mlp.act = d->act;
     embedding_forward(d->residual, d->token, p.wte, position, 1, 1, C, stream);
     for (int l = 0; l < c->num_hidden_layers; l++) {
-        p = parameters_of(g, g->params, l);
+        p = weights_of(g, l);
         floatX *keys = d->keys + (size_t)l * cache, *values = d->values + (size_t)l * cache;
         norm_forward(d->norm, d->mean, d->rstd, d->residual, p.ln1w, p.ln1b, 1, C, eps, norm, stream);
         matmul_forward(d->qkv, d->norm, p.qkvw, p.qkvb, 1, C, Q + 2 * KV, mm);
@@ -954,7 +1580,7 @@ void decoder_step(Decoder* d, int token) {
         matmul_forward(d->hidden, d->att, p.attprojw, p.attprojb, 1, Q, C, mm);
         residual_norm_forward(d->residual, d->norm, d->mean, d->rstd, d->residual, d->hidden, p.ln2w, p.ln2b,
                               1, C, eps, norm, stream);
-        mlp_forward(g, &mlp, p, 1, mm);
+        mlp_forward(g, &mlp, p, 1);
         matmul_forward(d->hidden, d->act, p.fcprojw, p.fcprojb, 1, FF, C, mm);
         residual_forward(d->residual, d->residual, d->hidden, (size_t)C, stream);
     }
@@ -1016,6 +1642,8 @@ bool gpt_resolve(RunConfig* run, bool training, Error* err) {
             PROGRAM_NAME);
     return check_sizes(&run->model, err);
 }
+
+void gpt_choose_device(int local_rank) { *device_local_rank() = local_rank; }
 
 uint64_t gpt_memory_limit(void) {
     Device device;

@@ -1,4 +1,4 @@
-// AdamW with decoupled weight decay on the whole flat memory in one launch, and what decides about it: norm,
+// AdamW with decoupled weight decay on a slice of a bucket of parameters, and what decides about it: norm,
 // clipping and skipping, all on the device, so that the host need not wait in the middle of a step.
 // Source: Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2019; formula and names as in
 // optimizer_cpu.h.
@@ -8,8 +8,7 @@
 #pragma once
 #include "llmc/config.h"        // defines: RunConfig
 #include "llmc/cuda_common.cuh" // defines: floatX, Vec
-#include "llmc/global_norm.cuh" // defines: NORM_PARTIALS
-#include "llmc/model.h"         // defines: ParameterLayout, tensor_table
+#include "llmc/global_norm.cuh" // defines: StepSums, BucketTable, exact_value
 #include "llmc/rounding.h"      // defines: split_float, join_float, bf16_stochastic
 
 enum { ADAMW_THREADS = 256, ADAMW_ELEMENTS = 8 };
@@ -18,7 +17,7 @@ enum { ADAMW_THREADS = 256, ADAMW_ELEMENTS = 8 };
 // control: one step's numbers, on the device; the host reads them when the step is over
 
 typedef struct {
-    double loss_sum;                 // of all targets so far
+    StepSums sums;                   // of this rank, then of all
     double loss, grad_norm;          // mean loss; norm before clipping
     uint64_t applied_steps;          // this one included, if it is applied
     float lr, grad_scale;            // what gradients are multiplied by: 1, or less to clip
@@ -26,26 +25,23 @@ typedef struct {
     int applied;                     // 0: loss or norm was not finite, nothing may change
 } StepControl;
 
-static __global__ void step_control_begin_kernel(StepControl* control, float lr, uint64_t applied_steps) {
+static __global__ void step_control_begin_kernel(StepControl* control, float lr, uint64_t applied_steps,
+                                                 bool stop) {
     memset(control, 0, sizeof *control);
-    control->lr = lr, control->applied_steps = applied_steps;
+    control->lr = lr, control->applied_steps = applied_steps, control->sums.stops = stop;
 }
 
-static inline void step_control_begin(StepControl* control, double lr, uint64_t applied_steps,
+static inline void step_control_begin(StepControl* control, double lr, uint64_t applied_steps, bool stop,
                                       cudaStream_t stream) {
-    step_control_begin_kernel<<<1, 1, 0, stream>>>(control, (float)lr, applied_steps);
+    step_control_begin_kernel<<<1, 1, 0, stream>>>(control, (float)lr, applied_steps, stop);
     LAUNCH_CHECK();
 }
 
 // The guard is guard_accepts of llmc/guard.h: a test on isfinite, as every comparison with a NaN is false.
-static __global__ void __launch_bounds__(NORM_THREADS)
-    update_control_kernel(StepControl* control, const double* partials, int num_partials, double num_targets,
-                          double grad_clip, double beta1, double beta2) {
-    double square = 0;
-    for (int i = (int)threadIdx.x; i < num_partials; i += NORM_THREADS) square += partials[i];
-    square = block_sum<NORM_THREADS>(square);
-    if (threadIdx.x != 0) return;
-    double norm = sqrt(square), loss = control->loss_sum / num_targets;
+static __global__ void update_control_kernel(StepControl* control, double num_targets, double grad_clip,
+                                             double beta1, double beta2) {
+    double norm = sqrt(exact_value(&control->sums.norm_squared));
+    double loss = exact_value(&control->sums.loss) / num_targets;
     control->loss = loss, control->grad_norm = norm;
     control->applied = isfinite(loss) && isfinite(norm);
     control->grad_scale = (float)(grad_clip > 0 && norm > grad_clip ? grad_clip / norm : 1);
@@ -55,42 +51,11 @@ static __global__ void __launch_bounds__(NORM_THREADS)
     control->second_moment_scale = (float)(1 / sqrt(1 - pow(beta2, t)));
 }
 
-// From the sums of losses and squares to what adamw_update does. One block.
-static inline void update_control(StepControl* control, const double* partials, int num_partials,
-                                  double num_targets, double grad_clip, double beta1, double beta2,
-                                  cudaStream_t stream) {
-    update_control_kernel<<<1, NORM_THREADS, 0, stream>>>(control, partials, num_partials, num_targets,
-                                                          grad_clip, beta1, beta2);
+// From the sums of losses and squares to what adamw_update does. num_targets: of all ranks.
+static inline void update_control(StepControl* control, double num_targets, double grad_clip, double beta1,
+                                  double beta2, cudaStream_t stream) {
+    update_control_kernel<<<1, 1, 0, stream>>>(control, num_targets, grad_clip, beta1, beta2);
     LAUNCH_CHECK();
-}
-
-// ----------------------------------------------------------------------------
-// which parameters decay: the tensor table in a form that a kernel takes by value
-
-typedef struct {
-    size_t layer_begin, layer_end, layer_size;
-    size_t begin[NUM_TENSORS], end[NUM_TENSORS]; // of layer 0's copy
-    bool decay[NUM_TENSORS];
-} DecayTable;
-
-static inline DecayTable decay_table(const ModelConfig* c, const ParameterLayout* layout) {
-    DecayTable table;
-    table.layer_begin = layout->layer_begin, table.layer_size = layout->layer_size;
-    table.layer_end = layout->layer_begin + layout->layer_size * (size_t)c->num_hidden_layers;
-    for (int i = 0; i < NUM_TENSORS; i++) {
-        table.begin[i] = layout->offset[i], table.end[i] = layout->offset[i] + layout->size[i];
-        table.decay[i] = tensor_table[i].decay;
-    }
-    return table;
-}
-
-// Sizes are multiples of ADAMW_ELEMENTS, so what a thread has lies in one tensor.
-static __device__ inline bool decays(const DecayTable* table, size_t i) {
-    if (i >= table->layer_begin && i < table->layer_end)
-        i = table->layer_begin + (i - table->layer_begin) % table->layer_size;
-    for (int k = 0; k < NUM_TENSORS; k++)
-        if (i >= table->begin[k] && i < table->end[k]) return table->decay[k];
-    return false;
 }
 
 // ----------------------------------------------------------------------------
@@ -162,10 +127,17 @@ static __device__ inline void store_master(floatX* weights, int16_t* remainder, 
     store_vec(remainder, low);
 }
 
+// Sizes are multiples of ADAMW_ELEMENTS, so what a thread has lies in one tensor.
+static __device__ inline bool decays(const BucketTable* table, size_t i) {
+    for (int k = 0; k < NUM_TENSORS; k++)
+        if (i >= table->begin[k] && i < table->end[k]) return table->decay[k];
+    return false;
+}
+
 template <typename Grad, typename Moment>
 static __global__ void __launch_bounds__(ADAMW_THREADS)
     adamw_kernel(floatX* weights, int16_t* remainder, Grad* grads, Moment* m, Moment* v, size_t n,
-                 DecayTable table, AdamW h, const StepControl* control) {
+                 size_t first, BucketTable table, AdamW h, const StepControl* control) {
     size_t i = ((size_t)blockIdx.x * ADAMW_THREADS + threadIdx.x) * ADAMW_ELEMENTS;
     if (i >= n) return;
     float g[ADAMW_ELEMENTS], p[ADAMW_ELEMENTS], m1[ADAMW_ELEMENTS], m2[ADAMW_ELEMENTS];
@@ -175,7 +147,7 @@ static __global__ void __launch_bounds__(ADAMW_THREADS)
     if (!control->applied) return;
     load_master(p, weights + i, remainder != NULL ? remainder + i : NULL);
     load_floats(m1, m + i), load_floats(m2, v + i);
-    float keep = 1 - control->lr * (decays(&table, i) ? h.weight_decay : 0);
+    float keep = 1 - control->lr * (decays(&table, first + i) ? h.weight_decay : 0);
     for (int k = 0; k < ADAMW_ELEMENTS; k++) {
         float gradient = control->grad_scale * g[k];
         m1[k] = h.keep_m * m1[k] + h.take_m * gradient;
@@ -183,26 +155,28 @@ static __global__ void __launch_bounds__(ADAMW_THREADS)
         float root = sqrtf(m2[k]) * control->second_moment_scale + h.eps;
         p[k] = keep * p[k] - control->rate * m1[k] / root;
     }
-    uint64_t step = control->applied_steps;
-    RandomEight for_p = random_for(&h, step, i, ROUNDED_WEIGHTS), for_m = random_for(&h, step, i, ROUNDED_M),
-                for_v = random_for(&h, step, i, ROUNDED_V);
+    uint64_t step = control->applied_steps, index = table.index + first + i;
+    RandomEight for_p = random_for(&h, step, index, ROUNDED_WEIGHTS),
+                for_m = random_for(&h, step, index, ROUNDED_M),
+                for_v = random_for(&h, step, index, ROUNDED_V);
     store_master(weights + i, remainder != NULL ? remainder + i : NULL, p, &for_p);
     round_store(m + i, m1, &for_m);
     round_store(v + i, m2, &for_v);
 }
 
-// weights, remainder, m, v are updated if control says so; grads become zero in any case. remainder is NULL
-// where the weights are the master. n: layout->num_parameters, a multiple of 8.
+// A slice of a bucket (n, a multiple of 8), which begins at the bucket's element `first`: weights, remainder, m, v
+// are updated if control says so; grads become zero in any case. remainder is NULL where the weights are the
+// master.
 template <typename Grad, typename Moment>
 static inline void adamw_update(floatX* weights, int16_t* remainder, Grad* grads, Moment* m, Moment* v,
-                                const ParameterLayout* layout, const RunConfig* run,
+                                size_t n, size_t first, const BucketTable* table, const RunConfig* run,
                                 const StepControl* control, cudaStream_t stream) {
     double beta1 = run->optimizer.beta1, beta2 = run->optimizer.beta2;
     AdamW h = {(float)beta1,       (float)(1 - beta1),        (float)beta2,
                (float)(1 - beta2), (float)run->optimizer.eps, (float)run->optimizer.weight_decay,
                run->seed};
-    size_t n = layout->num_parameters;
+    if (n == 0) return;
     adamw_kernel<<<(unsigned)ceil_div(n, ADAMW_THREADS * ADAMW_ELEMENTS), ADAMW_THREADS, 0, stream>>>(
-        weights, remainder, grads, m, v, n, decay_table(&run->model, layout), h, control);
+        weights, remainder, grads, m, v, n, first, *table, h, control);
     LAUNCH_CHECK();
 }

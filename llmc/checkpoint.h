@@ -23,6 +23,7 @@
 #include "llmc/manifest.h"       // defines: Manifest, manifest_load, manifest_write, manifest_find
 #include "llmc/model_files.h"    // defines: model_files_write, model_weights_read, model_config_check
 #include "llmc/stored_tensors.h" // defines: stored_moments, tensors_write, tensors_read, stored_complete
+#include "llmc/rendezvous.h"     // defines: Control, control_agree
 #include <sys/file.h>
 #include <sys/syscall.h>
 
@@ -42,7 +43,23 @@ typedef struct {
     TrainState state;
     const char* config_json; // the resolved run config, stored as run_config.json; NULL: none; not read back
     const char* tokenizer_path; // a tokenizer.json to store with the model; NULL or "": none; not read back
+    // Where several processes save and load together, all of them in each call: elements [begin, end) of memory are
+    // here (layout.h: tensors_owned). NULL: one process, which has all.
+    size_t begin, end;
+    Control* control;
 } CheckpointData;
+
+static inline Share checkpoint_share(const CheckpointData* data) {
+    Share all = whole_share(data->model);
+    if (data->control == NULL || data->control->size == 1) return all;
+    Share mine = {data->begin, data->end, data->control->rank, data->control->size};
+    return mine;
+}
+
+// False on all processes if it failed (err) on any.
+static inline bool checkpoint_agree(const CheckpointData* data, Error* err) {
+    return data->control == NULL ? err->code == 0 : control_agree(data->control, err);
+}
 
 // ----------------------------------------------------------------------------
 // state.json: a loop over this table
@@ -214,29 +231,80 @@ static inline uint64_t checkpoint_bytes(const CheckpointData* data) {
            (tokenizer ? (uint64_t)st.st_size : 0) + slack;
 }
 
-// Everything of a checkpoint into the new directory dir, durably, the manifest last.
-static inline bool checkpoint_write(const char* dir, const CheckpointData* data, Error* err) {
-    if (mkdir(dir, 0777) != 0)
-        return fail(err, EXIT_CANNOT_WRITE, "cannot create %s: %s", dir, strerror(errno));
-    Manifest manifest = {NULL, 0};
-    String text = {NULL, 0, 0}, state = {NULL, 0, 0};
-    bool ok = free_space_check(dir, checkpoint_bytes(data), err) &&
-              model_files_write(dir, data->model, data->params, data->tokenizer_path, &manifest, err);
-    if (ok && data->m != NULL) {
-        StoredTensors moments = stored_moments(data->model, data->m, data->v);
-        ok = tensors_write(dir, "optim-00001-of-00001.safetensors", &moments, 0, moments.count, &manifest,
-                           err);
-        free(moments.tensors);
+// The moments of this process's tensors, in one file of its own.
+static inline bool moments_write(const char* dir, const CheckpointData* data, Manifest* manifest,
+                                 Error* err) {
+    Share share = checkpoint_share(data);
+    StoredTensors moments = stored_moments(data->model, data->m, data->v);
+    char name[64];
+    snprintf(name, sizeof name, "optim-%05d-of-%05d.safetensors", share.rank + 1, share.size);
+    stored_keep(&moments, share.begin, share.end);
+    stored_drop_others(&moments);
+    bool ok = moments.count == 0 || tensors_write(dir, name, &moments, 0, moments.count, manifest, err);
+    free(moments.tensors);
+    return ok;
+}
+
+// Adds what the other processes wrote to the manifest of the first one.
+static inline bool manifest_gather(const CheckpointData* data, Manifest* manifest, Error* err) {
+    String mine = {NULL, 0, 0}, all = {NULL, 0, 0};
+    if (checkpoint_share(data).size == 1) return true;
+    string_append(&mine, "%s", "");
+    for (int i = 0; i < manifest->count; i++) {
+        char hex[MANIFEST_DIGITS + 1];
+        hash_to_hex(hex, manifest->files[i].hash);
+        string_append(&mine, "%s %llu %s\n", manifest->files[i].name,
+                      (unsigned long long)manifest->files[i].size, hex);
     }
+    bool ok = control_gather_text(data->control, mine.data, &all, err);
+    char *rest = all.data, *line;
+    for (int i = 0; ok && rest != NULL && (line = strsep(&rest, "\n")) != NULL && line[0] != '\0'; i++) {
+        FileRecord record;
+        char hex[64];
+        unsigned long long size;
+        memset(&record, 0, sizeof record);
+        if (i < manifest->count &&
+            strncmp(line, manifest->files[i].name, strlen(manifest->files[i].name)) == 0)
+            continue; // the first process's own
+        ok = (sscanf(line, "%63s %llu %63s", record.name, &size, hex) == 3 &&
+              hash_from_hex(&record.hash, hex, strlen(hex))) ||
+             fail(err, EXIT_INTERNAL, "another process says of its files: %s", line);
+        record.size = size;
+        if (ok) manifest_add(manifest, &record);
+    }
+    free(mine.data), free(all.data);
+    return ok;
+}
+
+// What the first process adds: the configuration, the state and, last, the manifest, durably.
+static inline bool checkpoint_finish(const char* dir, const CheckpointData* data, Manifest* manifest,
+                                     Error* err) {
+    String text = {NULL, 0, 0}, state = {NULL, 0, 0};
+    bool ok = model_files_write(dir, data->model, data->tokenizer_path, manifest, err);
     if (ok && data->config_json != NULL)
-        ok =
-            bytes_write(dir, "run_config.json", data->config_json, strlen(data->config_json), &manifest, err);
+        ok = bytes_write(dir, "run_config.json", data->config_json, strlen(data->config_json), manifest, err);
     train_state_write(data->state, &state);
-    ok = ok && bytes_write(dir, "state.json", state.data, state.size, &manifest, err);
-    if (ok) manifest_write(&manifest, &text);
+    ok = ok && bytes_write(dir, "state.json", state.data, state.size, manifest, err);
+    if (ok) manifest_write(manifest, &text);
     ok = ok && bytes_write(dir, manifest_name, text.data, text.size, NULL, err) && directory_sync(dir, err);
-    free(state.data);
-    free(text.data);
+    free(state.data), free(text.data);
+    return ok;
+}
+
+// Everything of a checkpoint into the new directory dir, durably, the manifest last. All processes write the tensors
+// that they have.
+static inline bool checkpoint_write(const char* dir, const CheckpointData* data, Error* err) {
+    bool first = checkpoint_share(data).rank == 0;
+    if (first && mkdir(dir, 0777) != 0)
+        fail(err, EXIT_CANNOT_WRITE, "cannot create %s: %s", dir, strerror(errno));
+    if (first && err->code == 0) free_space_check(dir, checkpoint_bytes(data), err);
+    if (!checkpoint_agree(data, err)) return false;
+    Manifest manifest = {NULL, 0};
+    bool ok = model_weights_write(dir, data->model, data->params, checkpoint_share(data), MAX_SHARD_BYTES,
+                                  &manifest, err) &&
+              (data->m == NULL || moments_write(dir, data, &manifest, err));
+    ok = checkpoint_agree(data, err) && ok && manifest_gather(data, &manifest, err);
+    ok = ok && (!first || checkpoint_finish(dir, data, &manifest, err));
     manifest_free(&manifest);
     return ok;
 }
@@ -285,23 +353,28 @@ static inline bool checkpoint_save(const char* checkpoints_dir, const Checkpoint
         !step_path(temporary, checkpoints_dir, data->state.step, ".tmp", err) ||
         !path_join(parent, checkpoints_dir, "..", err) || !make_directories(checkpoints_dir, err))
         return false;
-    int lock = directory_lock(checkpoints_dir, SAVE_PATIENCE, err);
-    if (lock < 0) return false;
-    bool ok = directory_sync(parent, err) && steps_list(checkpoints_dir, true, &list, err);
-    free(list.steps);
+    bool first = checkpoint_share(data).rank == 0;
+    int lock = first ? directory_lock(checkpoints_dir, SAVE_PATIENCE, err) : -1;
+    if (lock >= 0) {
+        bool listed = directory_sync(parent, err) && steps_list(checkpoints_dir, true, &list, err);
+        CHECK(listed || err->code != 0);
+        free(list.steps);
+    }
+    bool ok = checkpoint_agree(data, err);
     if (ok) {
         Error ignored = {0, {0}};
-        ok = checkpoint_write(temporary, data, err) && checkpoint_commit(temporary, path, err);
-        if (!ok) directory_remove(temporary, &ignored);
-        ok = ok && directory_sync(checkpoints_dir, err);
+        ok = checkpoint_write(temporary, data, err) && (!first || checkpoint_commit(temporary, path, err));
+        if (!ok && first) directory_remove(temporary, &ignored);
+        ok = ok && (!first || directory_sync(checkpoints_dir, err));
+        ok = checkpoint_agree(data, err) && ok;
     }
-    if (ok) {
+    if (ok && first) {
         Error warning = {0, {0}};
         if (access(temporary, F_OK) == 0) directory_remove(temporary, &warning); // what had the name before
         checkpoint_prune(checkpoints_dir, data->state.step, keep_last, permanent_every, &warning);
         if (warning.code != 0) fprintf(stderr, "warning: old checkpoints stay: %s\n", warning.text);
     }
-    close(lock);
+    if (lock >= 0) close(lock);
     return ok;
 }
 
@@ -322,7 +395,9 @@ static inline bool checkpoint_export(const char* dir, const CheckpointData* data
     Manifest manifest = {NULL, 0};
     Error ignored = {0, {0}};
     bool ok = free_space_check(temporary, checkpoint_bytes(data), err) &&
-              model_files_write(temporary, data->model, data->params, data->tokenizer_path, &manifest, err) &&
+              model_files_write(temporary, data->model, data->tokenizer_path, &manifest, err) &&
+              model_weights_write(temporary, data->model, data->params, whole_share(data->model),
+                                  MAX_SHARD_BYTES, &manifest, err) &&
               directory_sync(temporary, err);
     if (ok && rename(temporary, path) != 0)
         ok = fail(err, EXIT_CANNOT_WRITE, "cannot rename %s to %s: %s", temporary, path, strerror(errno));
@@ -340,6 +415,7 @@ static inline bool checkpoint_export(const char* dir, const CheckpointData* data
 static inline bool checkpoint_read(const char* dir, CheckpointData* into, Error* err) {
     Manifest manifest;
     TrainState state;
+    Share share = checkpoint_share(into);
     if (!manifest_load(&manifest, dir, err)) return false;
     bool ok = manifest_check_directory(&manifest, dir, err);
     for (int i = 0; ok && i < manifest.count; i++)
@@ -349,10 +425,11 @@ static inline bool checkpoint_read(const char* dir, CheckpointData* into, Error*
         ok = manifest_find(&manifest, needed[i]) != NULL ||
              fail(err, EXIT_BAD_DATA, "%s: the manifest does not name %s", dir, needed[i]);
     ok = ok && train_state_load(&state, dir, err) && model_config_check(dir, into->model, err) &&
-         model_weights_read(dir, into->model, into->params, &manifest, err);
+         model_weights_read(dir, into->model, into->params, share, &manifest, err);
     if (ok && (into->params == NULL || into->m != NULL)) {
         StoredTensors moments = stored_moments(into->model, into->m, into->v);
         bool any = false;
+        stored_keep(&moments, share.begin, share.end);
         for (int i = 0; ok && i < manifest.count; i++) {
             const FileRecord* file = &manifest.files[i];
             if (strncmp(file->name, "optim", 5) != 0 || !tensor_file_name(file->name)) continue;
@@ -361,8 +438,8 @@ static inline bool checkpoint_read(const char* dir, CheckpointData* into, Error*
         }
         if (any || into->m != NULL) ok = ok && stored_complete(&moments, dir, err);
         if (ok && into->m != NULL) {
-            zero_vocabulary_padding(into->model, into->m);
-            zero_vocabulary_padding(into->model, into->v);
+            zero_vocabulary_padding(into->model, into->m, share.begin, share.end);
+            zero_vocabulary_padding(into->model, into->v, share.begin, share.end);
         }
         free(moments.tensors);
     }
@@ -377,6 +454,7 @@ static inline bool checkpoint_read(const char* dir, CheckpointData* into, Error*
 // After a failure what params, m and v hold is of no use.
 static inline bool checkpoint_load(const char* dir, CheckpointData* into, Error* err) {
     char manifest[PATH_MAX], state[PATH_MAX];
+    Share share = checkpoint_share(into);
     if (!path_join(manifest, dir, manifest_name, err) || !path_join(state, dir, "state.json", err))
         return false;
     if (access(manifest, F_OK) == 0) return checkpoint_read(dir, into, err);
@@ -384,9 +462,9 @@ static inline bool checkpoint_load(const char* dir, CheckpointData* into, Error*
         return fail(err, EXIT_BAD_DATA, "%s is a checkpoint without %s: it cannot be verified", dir,
                     manifest_name);
     if (!model_config_check(dir, into->model, err) ||
-        !model_weights_read(dir, into->model, into->params, NULL, err))
+        !model_weights_read(dir, into->model, into->params, share, NULL, err))
         return false;
-    size_t bytes = parameter_layout(into->model).num_parameters * sizeof(float);
+    size_t bytes = (share.end - share.begin) * sizeof(float);
     if (into->m != NULL) memset(into->m, 0, bytes);
     if (into->v != NULL) memset(into->v, 0, bytes);
     memset(&into->state, 0, sizeof into->state);
@@ -412,15 +490,29 @@ static inline void checkpoint_set_aside(const char* dir, uint64_t step, const ch
     if (lock >= 0) close(lock);
 }
 
+// The first process's list, for all of them.
+static inline bool steps_share(const CheckpointData* data, StepList* list, Error* err) {
+    if (!checkpoint_agree(data, err)) return false;
+    if (data->control == NULL) return true;
+    int counts[2] = {list->count, list->set_aside};
+    if (!control_broadcast(data->control, counts, sizeof counts, err)) return false;
+    list->steps = (uint64_t*)realloc_check(list->steps, (size_t)(counts[0] + 1) * sizeof *list->steps);
+    list->count = counts[0], list->set_aside = counts[1];
+    return control_broadcast(data->control, list->steps, (size_t)counts[0] * sizeof *list->steps, err);
+}
+
 // One pass over the checkpoints that are there now, newest first. *vanished: one was removed by another
 // process while it was being read, so what is there has changed.
 static inline bool checkpoint_try_newest(const char* dir, CheckpointData* into, bool* found, bool* vanished,
                                          Error* err) {
     Error busy = {0, {0}};
     StepList list;
-    int lock = directory_lock(dir, 0, &busy); // a save may be under way: then nothing is cleaned
-    bool ok = steps_list(dir, lock >= 0, &list, err);
+    bool first = checkpoint_share(into).rank == 0, ok = true;
+    int lock = first ? directory_lock(dir, 0, &busy) : -1; // a save may be under way: then nothing is cleaned
+    memset(&list, 0, sizeof list);
+    if (first) ok = steps_list(dir, lock >= 0, &list, err);
     if (lock >= 0) close(lock);
+    ok = steps_share(into, &list, err) && ok;
     *vanished = false;
     for (int i = 0; ok && !*found && i < list.count; i++) {
         char path[PATH_MAX];
@@ -430,16 +522,20 @@ static inline bool checkpoint_try_newest(const char* dir, CheckpointData* into, 
         *found = checkpoint_read(path, into, &why) &&
                  (into->state.step == list.steps[i] || fail(&why, EXIT_BAD_DATA, "%s holds step %llu", path,
                                                             (unsigned long long)into->state.step));
+        *found = checkpoint_agree(into, &why) && *found;
         *vanished = !*found && access(path, F_OK) != 0 && errno == ENOENT;
-        if (*found || *vanished) break;
+        if (into->control != NULL && !control_broadcast(into->control, vanished, sizeof *vanished, err))
+            ok = false;
+        if (!ok || *found || *vanished) break;
         if (why.code != EXIT_BAD_DATA && why.code != EXIT_IO) {
             *err = why;
             ok = false;
             break;
         }
+        list.set_aside++;
+        if (!first) continue;
         fprintf(stderr, "warning: checkpoint %s cannot be used: %s\n", path, why.text);
         checkpoint_set_aside(dir, list.steps[i], path);
-        list.set_aside++;
     }
     if (ok && !*found && !*vanished && list.set_aside > 0)
         ok = fail(err, EXIT_BAD_DATA,
@@ -459,7 +555,6 @@ static inline bool checkpoint_load_newest(const char* checkpoints_dir, Checkpoin
     enum { PATIENCE = 100 }; // a run that removes checkpoints faster than they can be read
     bool ok = true, vanished = true;
     *found = false;
-    if (access(checkpoints_dir, F_OK) != 0 && errno == ENOENT) return true;
     for (int i = 0; ok && vanished && i < PATIENCE; i++)
         ok = checkpoint_try_newest(checkpoints_dir, into, found, &vanished, err);
     if (ok && vanished) ok = fail(err, EXIT_IO, "the checkpoints in %s keep vanishing", checkpoints_dir);

@@ -2,6 +2,7 @@
 #pragma once
 #include "llmc/checkpoint_tool.h" // defines: checkpoint_verify, checkpoint_info, checkpoint_diff
 #include "llmc/fit.h"             // defines: check_memory
+#include "llmc/layout_resolve.h"  // defines: layout_resolve
 #include "llmc/train_loop.h"      // defines: Trainer, train_loop, evaluate, generate
 
 #include <omp.h>
@@ -64,27 +65,35 @@ static inline bool write_run_config(Trainer* t, Error* err) {
     return replace_file(path, t->config_json.data, t->config_json.size, err);
 }
 
+// The model's communicators, where there are several processes.
+static inline bool connect_model(Trainer* t, Error* err) {
+    bool connected = t->control.size == 1 || gpt_connect(t->gpt, &t->control, err);
+    return control_agree(&t->control, err) && connected;
+}
+
 static inline bool command_train(Trainer* t, const char* argument, Error* err) {
     (void)argument;
     RunConfig* run = &t->run;
     bool resumed = false;
     Tokens prompt = {NULL, 0, 0};
     block_stop_signals();
-    if (!check_memory(run, true, err) || !lock_run_directory(t, err) || !open_data(t, true, err))
-        return false;
+    bool first = t->control.rank == 0; // who writes what is there once
+    bool ready =
+        check_memory(run, true, err) && (!first || lock_run_directory(t, err)) && open_data(t, true, err);
+    if (!control_agree(&t->control, err) || !ready) return false;
     bool prompt_ok =
         run->sample.every == 0 || prompt_tokens(t, &prompt, err); // rather now than after an hour
     free(prompt.data);
-    if (!prompt_ok || !choose_tokenizer_json(t, err)) return false;
     config_write_json(run, &t->config_json);
-    if (!gpt_create(t->gpt, run, run->batch.micro_batch_size, run->batch.sequence_length, true, err) ||
-        !load_or_init(t, &resumed, err))
-        return false;
-    gpt_host_state(t->gpt); // the memory that checkpoints take: rather now than behind the last step
+    ready = prompt_ok && (!first || choose_tokenizer_json(t, err)) &&
+            gpt_create(t->gpt, run, run->batch.micro_batch_size, run->batch.sequence_length, true, err);
+    if (!control_agree(&t->control, err) || !ready) return false;
+    if (!connect_model(t, err) || !load_or_init(t, &resumed, err)) return false;
     // where nothing is left to do, run_config.json stays that of the steps that were done
     bool finished = t->state.step >= (uint64_t)run->schedule.max_steps;
-    if ((!finished && !write_run_config(t, err)) || !metrics_open(&t->metrics, run->log.run_dir, err))
-        return false;
+    ready = !first ||
+            ((finished || write_run_config(t, err)) && metrics_open(&t->metrics, run->log.run_dir, err));
+    if (!control_agree(&t->control, err) || !ready) return false;
     t->peak_flops = gpt_peak_flops(&t->run);
     print_start(t, resumed);
     log_start(t, resumed);
@@ -103,7 +112,9 @@ static inline bool command_train(Trainer* t, const char* argument, Error* err) {
 // Opens what evaluating, sampling and exporting need: a model without room for a backward pass.
 static inline bool open_model(Trainer* t, int B, int T, Error* err) {
     enum WeightsFrom from;
-    if (!gpt_create(t->gpt, &t->run, B, T, false, err) || !load_weights(t, &from, err)) return false;
+    bool created = gpt_create(t->gpt, &t->run, B, T, false, err);
+    if (!control_agree(&t->control, err) || !created) return false;
+    if (!connect_model(t, err) || !load_weights(t, &from, err)) return false;
     return from != WEIGHTS_NOWHERE ||
            fail(err, EXIT_NO_INPUT,
                 "no checkpoint in %s/checkpoints: train first, or name a model directory with "
@@ -116,7 +127,8 @@ static inline bool command_eval(Trainer* t, const char* argument, Error* err) {
     Evaluation e;
     if (t->run.data.validation[0] == '\0')
         return fail(err, EXIT_CONFIG, "data.validation is empty: eval needs the shards to evaluate on");
-    if (!check_memory(&t->run, false, err) || !open_data(t, false, err)) return false;
+    bool ready = check_memory(&t->run, false, err) && open_data(t, false, err);
+    if (!control_agree(&t->control, err) || !ready) return false;
     if (!open_model(t, t->run.batch.micro_batch_size, t->run.batch.sequence_length, err)) return false;
     if (!evaluate(t, &e, err)) return false;
     printf("{\"step\":%llu,\"tokens\":%llu,\"loss\":%.9g,\"perplexity\":%.9g",
@@ -126,8 +138,16 @@ static inline bool command_eval(Trainer* t, const char* argument, Error* err) {
     return true;
 }
 
+// What one process alone can do.
+static inline bool need_one_process(const Trainer* t, const char* command, Error* err) {
+    return t->control.size == 1 ||
+           fail(err, EXIT_CONFIG, "%d processes were started, and %s takes one: start it once",
+                t->control.size, command);
+}
+
 static inline bool command_sample(Trainer* t, const char* argument, Error* err) {
     (void)argument;
+    if (!need_one_process(t, "sample", err)) return false;
     if (t->run.data.tokenizer[0] == '\0')
         return fail(err, EXIT_CONFIG, "data.tokenizer is empty: sample needs it to read and write text");
     if (!open_tokenizer(t, err) || !open_model(t, 1, 1, err)) return false;
@@ -143,6 +163,7 @@ static inline bool command_sample(Trainer* t, const char* argument, Error* err) 
 }
 
 static inline bool command_export(Trainer* t, const char* argument, Error* err) {
+    if (!need_one_process(t, "export", err)) return false;
     if (t->run.data.tokenizer[0] != '\0' && (!open_tokenizer(t, err) || !choose_tokenizer_json(t, err)))
         return false;
     if (!open_model(t, 1, 1, err)) return false;
@@ -242,7 +263,22 @@ static inline int run_without_config(const Program* program, int argc, char** ar
     return EXIT_OK;
 }
 
-static inline int run_with_config(const Program* program, const Command* command, int argc, char** argv) {
+// All processes of this run find each other. The first one speaks for them.
+static inline bool meet(Trainer* t, const Launch* launch, Error* err) {
+    String job = {NULL, 0, 0};
+    double patience = t->run.parallel.start_timeout;
+    config_write_json(&t->run, &job);
+    bool ok = control_open(&t->control, launch, job.data, patience, err);
+    string_append(&job, "checkpoints");
+    ok = ok && control_open(&t->save_control, launch, job.data, patience, err);
+    free(job.data);
+    if (ok && launch->rank > 0 && freopen("/dev/null", "w", stdout) == NULL)
+        return fail(err, EXIT_OS, "cannot open /dev/null: %s", strerror(errno));
+    return ok;
+}
+
+static inline int run_with_config(const Program* program, const Command* command, const Launch* launch,
+                                  int argc, char** argv) {
     static Trainer trainer;
     RunConfig* run = &trainer.run;
     Error err = {0, {0}};
@@ -250,8 +286,11 @@ static inline int run_with_config(const Program* program, const Command* command
     int used = argument != NULL ? 2 : 1;
     bool training = command->run == command_train || command->run == command_plan;
     trainer_init(&trainer, program);
-    if (!config_load(run, argv[0], argc - used, argv + used, &err) || !gpt_resolve(run, training, &err))
+    if (!config_load(run, argv[0], argc - used, argv + used, &err) ||
+        !layout_resolve(run, launch->rank, launch->size, &err) || !gpt_resolve(run, training, &err))
         exit_with(&err);
+    gpt_choose_device(launch->local_rank);
+    if (!meet(&trainer, launch, &err)) exit_with(&err);
     if (run->parallel.threads > 0) omp_set_num_threads(run->parallel.threads);
     bool ok = command->run(&trainer, argument, &err);
     trainer_close(&trainer);
@@ -263,6 +302,8 @@ static inline int run_with_config(const Program* program, const Command* command
 // Both programs' main: [COMMAND] RUN.json [OUT_DIR] [section.key=value ...]
 static inline int program_main(const Program* program, int argc, char** argv) {
     Error err = {0, {0}};
+    Launch launch;
+    if (!launch_find(&launch, &argc, argv, &err)) exit_with(&err);
     int done = run_without_config(program, argc, argv);
     if (done == EXIT_OK && !flush_output(&err)) exit_with(&err);
     if (done >= 0) return done;
@@ -284,5 +325,5 @@ static inline int program_main(const Program* program, int argc, char** argv) {
         print_usage(stderr, name);
         return EXIT_USAGE;
     }
-    return run_with_config(program, command, argc, argv);
+    return run_with_config(program, command, &launch, argc, argv);
 }

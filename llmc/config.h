@@ -6,12 +6,14 @@
 // value and rule: a run is never changed silently. Paths are relative to the working directory, everywhere.
 #pragma once
 #include "llmc/json.h"         // defines: json_parse_object, JsonSource, JsonValue, fail_at, fail_value
+#include "llmc/layout.h"       // defines: Layout, layout_single
 #include "llmc/model_config.h" // defines: model_config_from_json, model_key_alias
 
 enum { CONFIG_TEXT = 1024, MAX_DATA_SOURCES = 32 };
 enum ScheduleType { SCHEDULE_COSINE, SCHEDULE_LINEAR, SCHEDULE_WSD, SCHEDULE_CONSTANT };
 enum ComputePrecision { COMPUTE_AUTO, COMPUTE_FP32, COMPUTE_TF32, COMPUTE_BF16 };
 enum StoredPrecision { STORE_FP32, STORE_BF16 };
+enum ZeroStage { ZERO_NONE, ZERO_OPTIMIZER, ZERO_GRADIENTS, ZERO_PARAMETERS };
 enum Recompute {
     RECOMPUTE_NONE,
     RECOMPUTE_ACTIVATION,
@@ -47,7 +49,13 @@ typedef struct {
     struct {
         int threads;
         bool autotune, cuda_graph;
+        int data_parallel_size, tensor_parallel_size, pipeline_parallel_size, virtual_pipeline_size;
+        int pipeline_schedule; // a PipelineSchedule
+        int zero_stage;        // a ZeroStage
+        bool deterministic;
+        int start_timeout; // seconds
     } parallel;
+    Layout layout; // where this process is in it; not a knob
     struct {
         int compute;                            // a ComputePrecision; COMPUTE_AUTO until gpt_resolve
         int master_weights, gradients, moments; // StoredPrecision
@@ -157,6 +165,22 @@ static const Knob knobs[] = {
         "GPU: time the matmul's algorithms on first use and keep the choice beside the run"},
     {"parallel", "cuda_graph", KNOB_BOOL, AT(parallel.cuda_graph), "false", 0, 0, NULL,
         "GPU: launch a micro-batch as one CUDA graph"},
+    {"parallel", "data_parallel_size", KNOB_INT, AT(parallel.data_parallel_size), "0", 0, 65536, NULL,
+        "GPU: ranks that share a batch; 0: all that tensor and pipeline parallelism leave"},
+    {"parallel", "tensor_parallel_size", KNOB_INT, AT(parallel.tensor_parallel_size), "1", 1, 1024, NULL,
+        "GPU: ranks that share every layer, and the sequence between layers"},
+    {"parallel", "pipeline_parallel_size", KNOB_INT, AT(parallel.pipeline_parallel_size), "1", 1, 1024, NULL,
+        "GPU: stages that the layers are divided into"},
+    {"parallel", "virtual_pipeline_size", KNOB_INT, AT(parallel.virtual_pipeline_size), "1", 1, 1024, NULL,
+        "GPU: parts of the model that a stage has, in turn with the others; more than 1: interleaved"},
+    {"parallel", "pipeline_schedule", KNOB_CHOICE, AT(parallel.pipeline_schedule), "\"1f1b\"", 0, 0,
+        "afab|1f1b|interleaved|zero_bubble", "GPU: the order of a stage's forward and backward passes"},
+    {"parallel", "zero_stage", KNOB_INT, AT(parallel.zero_stage), "1", 0, 3, NULL,
+        "GPU: what data-parallel ranks share out: 1 optimizer state, 2 gradients too, 3 weights too"},
+    {"parallel", "deterministic", KNOB_BOOL, AT(parallel.deterministic), "false", 0, 0, NULL,
+        "GPU: gradients add up in the order of micro-batches: the same bits for any `data_parallel_size`"},
+    {"parallel", "start_timeout", KNOB_INT, AT(parallel.start_timeout), "300", 1, 86400, NULL,
+        "seconds that ranks wait for each other at the start"},
     {"precision", "compute", KNOB_CHOICE, AT(precision.compute), "\"auto\"", 0, 0, "auto|fp32|tf32|bf16",
         "what the inputs of matmuls are rounded to, sums are fp32; auto: bf16 in `train_gpt`, else fp32"},
     {"precision", "master_weights", KNOB_CHOICE, AT(precision.master_weights), "\"fp32\"", 0, 0, "fp32|bf16",
@@ -537,6 +561,7 @@ static inline bool config_parse(RunConfig* run, const char* text, size_t size, c
     ConfigReader r;
     memset(&r, 0, sizeof r);
     memset(run, 0, sizeof *run);
+    run->layout = layout_single();
     r.source.name = name, r.source.text = copy, r.source.size = size, r.source.section = "";
     r.source.num_overrides = num_overrides, r.source.overrides = overrides;
     r.err = err;

@@ -313,15 +313,16 @@ static inline void document_starts(int32_t* doc_start, const int32_t* tokens, in
 // ----------------------------------------------------------------------------
 // prefetching: a thread that has the next batches ready
 //
-//   batch b of this rank = global rows first_row + b * stride_rows + offset + [0, rows)
+//   a global batch has global_rows rows, from first_row on; its micro-batches go to ranks in turn:
 //
-// where stride_rows is the global batch and offset this rank's place in it.
+//     | micro-batch 0: rank 0 | micro-batch 1: rank 1 | micro-batch 2: rank 0 | micro-batch 3: rank 1 | ...
 
 typedef struct {
     const DataLoader* loader;
-    uint64_t first_row, stride_rows, offset;
-    int rows, depth;
-    int32_t* slots; // (depth, rows, T + 1): batch b lies in slot b % depth
+    uint64_t first_row;
+    int global_rows, micro_rows, rank, ranks;
+    int rows, depth; // rows: of this rank in a batch
+    int32_t* slots;  // (depth, rows, T + 1): batch b lies in slot b % depth
     // under the mutex:
     uint64_t filled, released; // batches ready so far, batches that the consumer is done with
     bool holding;              // the consumer still reads batch `released`
@@ -338,11 +339,14 @@ static inline int32_t* prefetch_slot(const Prefetch* p, uint64_t batch) {
 }
 
 static inline bool prefetch_fill(const Prefetch* p, uint64_t batch, Error* err) {
-    uint64_t g = p->first_row + batch * p->stride_rows + p->offset;
+    uint64_t first = p->first_row + batch * (uint64_t)p->global_rows;
     int32_t* tokens = prefetch_slot(p, batch);
-    for (int r = 0; r < p->rows; r++)
-        if (!dataloader_row(p->loader, g + (uint64_t)r, tokens + (size_t)r * ((size_t)p->loader->T + 1), err))
+    for (int r = 0; r < p->rows; r++) {
+        int micro_batch = r / p->micro_rows * p->ranks + p->rank;
+        uint64_t row = first + (uint64_t)(micro_batch * p->micro_rows + r % p->micro_rows);
+        if (!dataloader_row(p->loader, row, tokens + (size_t)r * ((size_t)p->loader->T + 1), err))
             return false;
+    }
     return true;
 }
 
@@ -368,13 +372,16 @@ static inline void* prefetch_main(void* argument) {
     return NULL;
 }
 
-// Starts the thread; the loader must outlive it. depth: batches kept ready. End with prefetch_stop.
-static inline bool prefetch_start(Prefetch* p, const DataLoader* loader, uint64_t first_row,
-                                  uint64_t stride_rows, uint64_t offset, int rows, int depth, Error* err) {
-    CHECK(rows >= 1 && depth >= 1);
+// Starts the thread; the loader must outlive it. global_rows: a multiple of micro_rows * ranks. depth: batches kept
+// ready. End with prefetch_stop.
+static inline bool prefetch_start(Prefetch* p, const DataLoader* loader, uint64_t first_row, int global_rows,
+                                  int micro_rows, int rank, int ranks, int depth, Error* err) {
+    CHECK(depth >= 1 && micro_rows >= 1 && ranks >= 1 && global_rows % (micro_rows * ranks) == 0);
+    int rows = global_rows / ranks;
     memset(p, 0, sizeof *p);
     p->loader = loader;
-    p->first_row = first_row, p->stride_rows = stride_rows, p->offset = offset;
+    p->first_row = first_row, p->global_rows = global_rows, p->micro_rows = micro_rows;
+    p->rank = rank, p->ranks = ranks;
     p->rows = rows, p->depth = depth;
     p->slots =
         (int32_t*)calloc_check((size_t)depth * (size_t)rows, ((size_t)loader->T + 1) * sizeof *p->slots);

@@ -14,7 +14,13 @@ typedef struct {
 
 static __global__ void device_probe_kernel() {}
 
-// Finds the first visible GPU and makes it current. Anything missing is one sentence and EXIT_NO_DEVICE.
+// Which of this machine's processes this is, where each has a GPU of its own.
+static inline int* device_local_rank(void) {
+    static int local_rank;
+    return &local_rank;
+}
+
+// Finds this process's GPU and makes it current: the only one that is visible, or the one of its number. Anything missing is one sentence and EXIT_NO_DEVICE.
 static inline bool device_open(Device* device, Error* err) {
     int count = 0;
     memset(device, 0, sizeof *device);
@@ -37,9 +43,15 @@ static inline bool device_open(Device* device, Error* err) {
                     visible != NULL ? visible : "not set");
     }
     cudaDeviceProp properties;
-    if ((status = cudaSetDevice(0)) != cudaSuccess ||
-        (status = cudaGetDeviceProperties(&properties, 0)) != cudaSuccess)
-        return fail(err, EXIT_NO_DEVICE, "GPU 0 cannot be used: %s", cudaGetErrorString(status));
+    int number = count == 1 ? 0 : *device_local_rank();
+    if (number >= count)
+        return fail(
+            err, EXIT_NO_DEVICE,
+            "process %d of this machine has no GPU: %d are visible; start at most that many processes here",
+            number, count);
+    if ((status = cudaSetDevice(number)) != cudaSuccess ||
+        (status = cudaGetDeviceProperties(&properties, number)) != cudaSuccess)
+        return fail(err, EXIT_NO_DEVICE, "GPU %d cannot be used: %s", number, cudaGetErrorString(status));
     snprintf(device->name, sizeof device->name, "%s", properties.name);
     device->architecture = 10 * properties.major + properties.minor;
     device->memory = properties.totalGlobalMem;

@@ -12,12 +12,14 @@ static __global__ void embedding_forward_kernel(floatX* out, const int* tokens, 
                                                 const floatX* wpe, int N, int T, int C) {
     int n = (int)(blockIdx.x * EMBEDDING_ROWS + threadIdx.y);
     if (n >= N) return;
-    const floatX* token = wte + (size_t)tokens[n] * (size_t)C;
+    bool here = tokens[n] >= 0;
+    const floatX* token = wte + (here ? (size_t)tokens[n] * (size_t)C : 0);
     const floatX* position = wpe + (wpe != NULL ? (size_t)(n % T) * (size_t)C : 0);
     floatX* row = out + (size_t)n * (size_t)C;
 #pragma unroll 4
     for (int c = (int)threadIdx.x * VEC; c < C; c += WARP * VEC) {
-        Vec<floatX> v = load_vec(token + c);
+        Vec<floatX> v = {};
+        if (here) v = load_vec(token + c);
         if (wpe != NULL) {
             Vec<floatX> p = load_vec(position + c);
             for (int k = 0; k < VEC; k++) v.at[k] = from_float<floatX>(to_float(v.at[k]) + to_float(p.at[k]));
@@ -26,7 +28,8 @@ static __global__ void embedding_forward_kernel(floatX* out, const int* tokens, 
     }
 }
 
-// out (B, T, C) =; wte (V, C), wpe (T or more, C) or NULL. To decode at t: T = 1 and wpe + t * C.
+// out (B, T, C) =; wte (V, C), wpe (T or more, C) or NULL. To decode at t: T = 1 and wpe + t * C. A negative token
+// is one whose row another rank has: zero here.
 static inline void embedding_forward(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe,
                                      int B, int T, int C, cudaStream_t stream) {
     unsigned blocks = (unsigned)ceil_div((size_t)B * (size_t)T, EMBEDDING_ROWS);
@@ -56,7 +59,7 @@ static __global__ void __launch_bounds__(EMBEDDING_THREADS)
     token_gradient_kernel(Grad* dwte, const floatX* dout, const int* tokens, const int* order, int N, int C) {
     int i = (int)blockIdx.x, token = tokens[order[i]];
     int c = ((int)blockIdx.y * EMBEDDING_THREADS + (int)threadIdx.x) * VEC;
-    if (c >= C || (i > 0 && tokens[order[i - 1]] == token)) return;
+    if (c >= C || token < 0 || (i > 0 && tokens[order[i - 1]] == token)) return;
     float sum[VEC] = {0};
     bool more = true;
     for (; more; i += EMBEDDING_BATCH) {

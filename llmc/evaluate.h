@@ -9,31 +9,54 @@ typedef struct {
     uint64_t tokens;
 } Evaluation;
 
-// Mean loss over the validation set, or over its first eval.batches micro-batches. A stop signal cuts it
-// short, and its result is then worth nothing.
+// Adds up three numbers of all processes, in their order.
+static inline bool sum_everywhere(Control* control, double sums[3], Error* err) {
+    double* all = (double*)calloc_check(3 * (size_t)control->size, sizeof *all);
+    bool ok = control_gather(control, sums, 3 * sizeof *sums, all, err);
+    for (int k = 0; ok && control->rank == 0 && k < 3; k++) {
+        sums[k] = 0;
+        for (int r = 0; r < control->size; r++) sums[k] += all[3 * r + k];
+    }
+    free(all);
+    return ok && control_broadcast(control, sums, 3 * sizeof *sums, err);
+}
+
+// A stop signal that one process alone must not act on.
+static inline bool stop_alone(const Trainer* t) { return t->control.size == 1 && stop_requested(); }
+
+// Mean loss over the validation set, or over its first eval.batches micro-batches, which data-parallel ranks take in
+// turn. A stop signal cuts it short where there is one process, and its result is then worth nothing.
 static inline bool evaluate(Trainer* t, Evaluation* e, Error* err) {
     int B = t->run.batch.micro_batch_size, T = t->run.batch.sequence_length;
     uint64_t num_rows = t->validation.rows, limit = (uint64_t)t->run.eval.batches * (uint64_t)B;
     if (limit != 0 && limit < num_rows) num_rows = limit;
     size_t row = (size_t)T + 1;
     int32_t* rows = (int32_t*)malloc_check((size_t)B * row * sizeof *rows);
-    double loss = 0, byte_loss = 0, bytes = 0;
+    const Layout* l = &t->run.layout;
+    double sums[3] = {0, 0, 0}; // loss; loss of, and number of, bytes
     bool ok = true;
-    for (uint64_t first = 0; ok && first < num_rows && !stop_requested(); first += (uint64_t)B) {
-        int now = num_rows - first < (uint64_t)B ? (int)(num_rows - first) : B;
+    uint64_t together =
+        (uint64_t)B * (uint64_t)l->dp_size; // every rank makes every round, as it may have to help
+    for (uint64_t round = 0; ok && round < num_rows && !stop_alone(t); round += together) {
+        uint64_t first = round + (uint64_t)B * (uint64_t)l->dp,
+                 left = first < num_rows ? num_rows - first : 0;
+        int now = left < (uint64_t)B ? (int)left : B, counted = now;
+        if (now == 0) first = 0, now = 1;
         for (int b = 0; ok && b < now; b++)
             ok = dataloader_row(&t->validation, first + (uint64_t)b, rows + (size_t)b * row, err);
         if (!ok) break;
         const float* losses = gpt_losses(t->gpt, rows, now, t->run.data.document_mask, t->eot_id);
-        for (int i = 0; i < now * T; i++) {
+        for (int i = 0; losses != NULL && l->tp == 0 && i < counted * T; i++) {
             int32_t target = rows[(size_t)(i / T) * row + (size_t)(i % T) + 1];
             uint32_t length = token_byte_length(&t->tokenizer, (uint32_t)target);
-            loss += losses[i];
-            bytes += length;
-            if (length != 0) byte_loss += losses[i];
+            sums[0] += losses[i];
+            sums[2] += length;
+            if (length != 0) sums[1] += losses[i];
         }
     }
     free(rows);
+    ok = ok && sum_everywhere(&t->control, sums, err);
+    double loss = sums[0], byte_loss = sums[1], bytes = sums[2];
     e->tokens = num_rows * (uint64_t)T;
     e->loss = loss / (double)e->tokens;
     e->perplexity = exp(e->loss);

@@ -1,49 +1,118 @@
 // What a step adds up before the update: the sum of its losses, and the square of the norm of all gradients.
-// Sums over many blocks go through a fixed number of parts, each in double.
+// Both are exact sums (exact_sum.h) of doubles that each come from a fixed piece of the data: of the losses of a
+// micro-batch, of SLICE_ALIGN gradients. So they are the same however micro-batches, layers and slices are
+// shared out over ranks.
 #pragma once
 #include "llmc/cuda_common.cuh" // defines: Vec, load_vec, block_sum
+#include "llmc/exact_sum.h"     // defines: ExactSum, exact_add
+#include "llmc/layout.h"        // defines: SLICE_ALIGN, TensorPart
 
-enum { NORM_PARTIALS = 1024, NORM_THREADS = 256, LOSS_THREADS = 1024 };
+enum { NORM_BLOCKS = 1024, NORM_THREADS = 256, LOSS_THREADS = 1024 };
 
-// *sum += x[0] + ... + x[n-1]
-static __global__ void __launch_bounds__(LOSS_THREADS) sum_kernel(double* sum, const float* x, int n) {
+// One step's sums, in one piece, which all ranks add to each other's.
+typedef struct {
+    ExactSum loss, norm_squared;
+    long long stops; // ranks that were asked to stop
+} StepSums;
+enum { STEP_SUMS = sizeof(StepSums) / sizeof(long long) };
+
+// ----------------------------------------------------------------------------
+// what is in a bucket: the tensor table in a form that a kernel takes by value
+
+typedef struct {
+    size_t begin[NUM_TENSORS], end[NUM_TENSORS];     // in elements from the bucket's begin; empty: not in it
+    size_t skip[NUM_TENSORS], skip_end[NUM_TENSORS]; // what another rank counts in the norm
+    bool decay[NUM_TENSORS];
+    uint64_t index; // of the bucket's first element in the whole model without padding: what it is rounded by
+} BucketTable;
+
+// The bucket of a layer (its number in the whole model), or those before (-1) and behind them (L).
+static inline BucketTable bucket_table(const ModelConfig* whole, const Layout* l, int layer) {
+    BucketTable table;
+    ModelConfig all = model_part(whole, l);
+    all.num_hidden_layers = whole->num_hidden_layers;
+    int L = whole->num_hidden_layers, b = layer + 1;
+    ParameterLayout mine = parameter_layout_of(&all, has_embedding(l), has_head(l), 1);
+    ParameterLayout p = parameter_layout_of(&all, true, true, 1);
+    memset(&table, 0, sizeof table);
+    table.index = parameter_bucket(&p, L, b).begin;
+    for (int i = 0; i < NUM_TENSORS; i++) {
+        TensorPart parts[3];
+        if (tensor_bucket((enum TensorId)i, layer, L) != b || mine.size[i] == 0) continue;
+        table.begin[i] = tensor_offset(&mine, (enum TensorId)i, layer) - parameter_bucket(&mine, L, b).begin;
+        table.end[i] = table.begin[i] + mine.size[i];
+        table.decay[i] = tensor_table[i].decay;
+        table.skip[i] = table.skip_end[i] = table.end[i];
+        int count = tensor_parts(parts, whole, l, (enum TensorId)i);
+        for (int k = count - 1; k >= 0; k--)
+            if (!parts[k].counted) table.skip[i] = table.begin[i] + parts[k].local_row * mine.cols[i];
+        // what lies before the layers may be in the last stage, too, and counts in the first
+        if (b == 0 && !has_embedding(l)) table.skip[i] = table.begin[i];
+    }
+    return table;
+}
+
+// ----------------------------------------------------------------------------
+// kernels
+
+// sum += x[0] + ... + x[n-1]
+static __global__ void __launch_bounds__(LOSS_THREADS) sum_kernel(ExactSum* sum, const float* x, int n) {
     double mine = 0;
     for (int i = (int)threadIdx.x; i < n; i += LOSS_THREADS) mine += (double)x[i];
     mine = block_sum<LOSS_THREADS>(mine);
-    if (threadIdx.x == 0) *sum += mine;
+    if (threadIdx.x == 0) exact_add(sum, mine);
 }
 
+static __device__ inline bool counts(const BucketTable* table, size_t i) {
+    for (int k = 0; k < NUM_TENSORS; k++)
+        if (i >= table->skip[k] && i < table->skip_end[k]) return false;
+    return true;
+}
+
+// A warp has a piece of SLICE_ALIGN gradients at a time; every warp has bins of its own.
 template <typename Grad>
 static __global__ void __launch_bounds__(NORM_THREADS)
-    norm_squared_kernel(double* partials, const Grad* grads, size_t n) {
-    const int SIZE = Vec<Grad>::SIZE;
-    double mine = 0;
-    size_t i = ((size_t)blockIdx.x * NORM_THREADS + threadIdx.x) * SIZE;
-    for (; i < n; i += (size_t)gridDim.x * NORM_THREADS * SIZE) {
-        Vec<Grad> g = load_vec(grads + i);
-        for (int k = 0; k < SIZE; k++) mine += (double)to_float(g.at[k]) * (double)to_float(g.at[k]);
+    norm_squared_kernel(ExactSum* sum, const Grad* grads, size_t n, size_t first, BucketTable table) {
+    const int SIZE = Vec<Grad>::SIZE, WARPS = NORM_THREADS / WARP;
+    __shared__ ExactSum of_warp[WARPS];
+    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
+    for (int i = (int)threadIdx.x; i < WARPS * EXACT_BINS; i += NORM_THREADS)
+        of_warp[i / EXACT_BINS].bin[i % EXACT_BINS] = 0;
+    __syncthreads();
+    size_t step = (size_t)gridDim.x * WARPS * SLICE_ALIGN;
+    for (size_t at = ((size_t)blockIdx.x * WARPS + (size_t)warp) * SLICE_ALIGN; at < n; at += step) {
+        double mine = 0;
+        for (int k = lane * SIZE; k < SLICE_ALIGN; k += WARP * SIZE) {
+            size_t i = at + (size_t)k;
+            if (i >= n || !counts(&table, first + i)) continue;
+            Vec<Grad> g = load_vec(grads + i);
+            for (int j = 0; j < SIZE; j++) mine += (double)to_float(g.at[j]) * (double)to_float(g.at[j]);
+        }
+        mine = warp_sum(mine);
+        if (lane == 0) exact_add(&of_warp[warp], mine);
     }
-    mine = block_sum<NORM_THREADS>(mine);
-    if (threadIdx.x == 0) partials[blockIdx.x] = mine;
+    __syncthreads();
+    for (int i = (int)threadIdx.x; i < EXACT_BINS; i += NORM_THREADS) {
+        long long total = 0;
+        for (int w = 0; w < WARPS; w++) total += of_warp[w].bin[i];
+        if (total != 0) atomicAdd((unsigned long long*)&sum->bin[i], (unsigned long long)total);
+    }
 }
 
 // *sum += the sum of x (n)
-static inline void add_sum(double* sum, const float* x, int n, cudaStream_t stream) {
+static inline void add_sum(ExactSum* sum, const float* x, int n, cudaStream_t stream) {
     sum_kernel<<<1, LOSS_THREADS, 0, stream>>>(sum, x, n);
     LAUNCH_CHECK();
 }
 
-// How many partial sums the norm of n gradients has: a function of n alone, so that the same sums come out of
-// every card.
-template <typename Grad> static inline int global_norm_parts(size_t n) {
-    size_t blocks = ceil_div(n, (size_t)NORM_THREADS * Vec<Grad>::SIZE);
-    return blocks < NORM_PARTIALS ? (int)blocks : NORM_PARTIALS;
-}
-
-// partials (global_norm_parts<Grad>(n)) =; their sum is the sum of the squares of grads (n, a multiple of 8)
+// *sum += the squares of a slice of a bucket's gradients (n, a multiple of 8), which begins at element `first` of
+// the bucket, a multiple of SLICE_ALIGN
 template <typename Grad>
-static inline void global_norm_squared(double* partials, const Grad* grads, size_t n, cudaStream_t stream) {
-    norm_squared_kernel<<<(unsigned)global_norm_parts<Grad>(n), NORM_THREADS, 0, stream>>>(partials, grads,
-                                                                                           n);
+static inline void global_norm_squared(ExactSum* sum, const Grad* grads, size_t n, size_t first,
+                                       const BucketTable* table, cudaStream_t stream) {
+    size_t blocks = ceil_div(n, (size_t)(NORM_THREADS / WARP) * SLICE_ALIGN);
+    if (n == 0) return;
+    norm_squared_kernel<<<(unsigned)(blocks < NORM_BLOCKS ? blocks : (size_t)NORM_BLOCKS), NORM_THREADS, 0,
+                          stream>>>(sum, grads, n, first, *table);
     LAUNCH_CHECK();
 }

@@ -274,13 +274,19 @@ static inline void matmul_weight_gradient(Grad* dweight, Grad* dbias, const floa
     matmul_must(matmul_run(mm, shape, dweight, inp, dout, NULL, NULL), &shape);
 }
 
+// dinp (N, C) =; dout (N, OC), weight (OC, C)
+static inline void matmul_input_gradient(floatX* dinp, const floatX* dout, const floatX* weight, int N, int C,
+                                         int OC, Matmul* mm) {
+    MatmulShape shape = {C, N, OC, false, false, false, CUBLASLT_EPILOGUE_DEFAULT, MATMUL_TYPE};
+    matmul_must(matmul_run(mm, shape, dinp, weight, dout, NULL, NULL), &shape);
+}
+
 // dinp (N, C) = or NULL; dweight (OC, C) +=; dbias (OC) += or NULL; dout (N, OC), inp (N, C), weight (OC, C)
 template <typename Grad>
 static inline void matmul_backward(floatX* dinp, Grad* dweight, Grad* dbias, const floatX* dout,
                                    const floatX* inp, const floatX* weight, int N, int C, int OC,
                                    Matmul* mm) {
-    MatmulShape shape = {C, N, OC, false, false, false, CUBLASLT_EPILOGUE_DEFAULT, MATMUL_TYPE};
-    if (dinp != NULL) matmul_must(matmul_run(mm, shape, dinp, weight, dout, NULL, NULL), &shape);
+    if (dinp != NULL) matmul_input_gradient(dinp, dout, weight, N, C, OC, mm);
     matmul_weight_gradient(dweight, dbias, dout, inp, N, C, OC, mm);
 }
 

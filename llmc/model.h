@@ -82,7 +82,8 @@ static inline int padded_vocab_size(int vocab_size) { return (vocab_size + 127) 
 enum Dim { DIM_1, DIM_VOCAB, DIM_POSITIONS, DIM_HIDDEN, DIM_HEADS, DIM_QKV, DIM_FF, DIM_FC };
 enum Presence { ALWAYS, IF_LEARNED, IF_NORM_BIAS, IF_QKV_BIAS, IF_OUT_BIAS, IF_MLP_BIAS, IF_UNTIED };
 enum Init { INIT_ZERO, INIT_ONE, INIT_NORMAL, INIT_RESIDUAL }; // RESIDUAL: normal / sqrt(2 L), GPT-2 sec. 2.3
-enum TensorSplit { SPLIT_NONE, SPLIT_ROWS, SPLIT_COLUMNS, SPLIT_VOCAB }; // across tensor-parallel ranks
+// Across tensor-parallel ranks. FIRST: all have it, the first alone adds it, to what is then summed over ranks.
+enum TensorSplit { SPLIT_NONE, SPLIT_FIRST, SPLIT_ROWS, SPLIT_COLUMNS, SPLIT_VOCAB };
 enum Place { BEFORE_LAYERS, PER_LAYER, AFTER_LAYERS };
 
 typedef struct {
@@ -123,7 +124,7 @@ static const TensorSpec tensor_table[NUM_TENSORS] = {
     // name       place          presence      rows           cols         init           decay  split
     {"wte",      BEFORE_LAYERS, ALWAYS,       DIM_VOCAB,     DIM_HIDDEN,  INIT_NORMAL,   true,  SPLIT_VOCAB,
         "transformer.wte.weight",  {"model.embed_tokens.weight", NULL, NULL}},
-    {"wpe",      BEFORE_LAYERS, IF_LEARNED,   DIM_POSITIONS, DIM_HIDDEN,  INIT_NORMAL,   true,  SPLIT_NONE,
+    {"wpe",      BEFORE_LAYERS, IF_LEARNED,   DIM_POSITIONS, DIM_HIDDEN,  INIT_NORMAL,   true,  SPLIT_FIRST,
         "transformer.wpe.weight",  {NULL, NULL, NULL}},
     {"ln1w",     PER_LAYER,     ALWAYS,       DIM_HIDDEN,    DIM_1,       INIT_ONE,      false, SPLIT_NONE,
         "ln_1.weight",             {"input_layernorm.weight", NULL, NULL}},
@@ -137,7 +138,7 @@ static const TensorSpec tensor_table[NUM_TENSORS] = {
         {"self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"}},
     {"attprojw", PER_LAYER,     ALWAYS,       DIM_HIDDEN,    DIM_HEADS,   INIT_RESIDUAL, true,  SPLIT_COLUMNS,
         "attn.c_proj.weight",      {"self_attn.o_proj.weight", NULL, NULL}},
-    {"attprojb", PER_LAYER,     IF_OUT_BIAS,  DIM_HIDDEN,    DIM_1,       INIT_ZERO,     false, SPLIT_NONE,
+    {"attprojb", PER_LAYER,     IF_OUT_BIAS,  DIM_HIDDEN,    DIM_1,       INIT_ZERO,     false, SPLIT_FIRST,
         "attn.c_proj.bias",        {"self_attn.o_proj.bias", NULL, NULL}},
     {"ln2w",     PER_LAYER,     ALWAYS,       DIM_HIDDEN,    DIM_1,       INIT_ONE,      false, SPLIT_NONE,
         "ln_2.weight",             {"post_attention_layernorm.weight", NULL, NULL}},
@@ -149,7 +150,7 @@ static const TensorSpec tensor_table[NUM_TENSORS] = {
         "mlp.c_fc.bias",           {"mlp.gate_proj.bias", "mlp.up_proj.bias", NULL}},
     {"fcprojw",  PER_LAYER,     ALWAYS,       DIM_HIDDEN,    DIM_FF,      INIT_RESIDUAL, true,  SPLIT_COLUMNS,
         "mlp.c_proj.weight",       {"mlp.down_proj.weight", NULL, NULL}},
-    {"fcprojb",  PER_LAYER,     IF_MLP_BIAS,  DIM_HIDDEN,    DIM_1,       INIT_ZERO,     false, SPLIT_NONE,
+    {"fcprojb",  PER_LAYER,     IF_MLP_BIAS,  DIM_HIDDEN,    DIM_1,       INIT_ZERO,     false, SPLIT_FIRST,
         "mlp.c_proj.bias",         {"mlp.down_proj.bias", NULL, NULL}},
     {"lnfw",     AFTER_LAYERS,  ALWAYS,       DIM_HIDDEN,    DIM_1,       INIT_ONE,      false, SPLIT_NONE,
         "transformer.ln_f.weight", {"model.norm.weight", NULL, NULL}},
@@ -210,36 +211,65 @@ static inline bool tensor_present(const ModelConfig* c, enum TensorId id) {
 }
 
 // Where everything lies in the flat parameter memory, in elements. The same layout serves gradients and
-// optimizer moments.
+// optimizer moments. What lies before the layers, each layer, and what lies behind them is a bucket, which data-
+// parallel ranks share out evenly: a multiple of `align` elements, the last of which may be padding.
+//
+//     | wte wpe | ln1w ln1b qkvw ... | ln1w ln1b qkvw ... | ... | lnfw lnfb lmhead |
+//     0         layer_begin          + layer_size               layer_end          num_parameters
 typedef struct {
     size_t rows[NUM_TENSORS], cols[NUM_TENSORS];
     size_t size[NUM_TENSORS];   // rows * cols of one copy; 0 when the model does not have the tensor
     size_t offset[NUM_TENSORS]; // of layer 0's copy
-    size_t layer_begin, layer_size;
+    size_t layer_begin, layer_size, layer_end;
     size_t num_parameters;
 } ParameterLayout;
 
-static inline ParameterLayout parameter_layout(const ModelConfig* c) {
+// first, last: is this the part of the model with the embedding, that with the head? With a tied head the last
+// part has what lies before the layers, too.
+static inline ParameterLayout parameter_layout_of(const ModelConfig* c, bool first, bool last, size_t align) {
     ParameterLayout p;
     memset(&p, 0, sizeof p);
     size_t next = 0;
     for (int place = BEFORE_LAYERS; place <= AFTER_LAYERS; place++) {
-        if (place == PER_LAYER) p.layer_begin = next;
+        size_t begin = next;
         for (int i = 0; i < NUM_TENSORS; i++) {
             const TensorSpec* t = &tensor_table[i];
             if ((int)t->place != place) continue;
+            bool before = first || (last && c->tie_word_embeddings);
+            bool here = place == BEFORE_LAYERS ? before : place == AFTER_LAYERS ? last : true;
             p.rows[i] = model_dim(c, t->rows), p.cols[i] = model_dim(c, t->cols);
-            p.size[i] = tensor_present(c, (enum TensorId)i) ? p.rows[i] * p.cols[i] : 0;
+            p.size[i] = here && tensor_present(c, (enum TensorId)i) ? p.rows[i] * p.cols[i] : 0;
             p.offset[i] = next;
             next += p.size[i];
         }
+        next = begin + (next - begin + align - 1) / align * align;
         if (place == PER_LAYER) {
-            p.layer_size = next - p.layer_begin;
-            next = p.layer_begin + p.layer_size * (size_t)c->num_hidden_layers;
+            p.layer_begin = begin, p.layer_size = next - begin;
+            next = p.layer_end = begin + p.layer_size * (size_t)c->num_hidden_layers;
         }
     }
     p.num_parameters = next;
     return p;
+}
+
+// Of a whole model in one process.
+static inline ParameterLayout parameter_layout(const ModelConfig* c) {
+    return parameter_layout_of(c, true, true, 1);
+}
+
+// Bucket 0 lies before the layers, 1 .. L are the layers, L + 1 lies behind them.
+typedef struct {
+    size_t begin, size;
+} Bucket;
+
+static inline Bucket parameter_bucket(const ParameterLayout* p, int num_layers, int b) {
+    Bucket before = {0, p->layer_begin}, after = {p->layer_end, p->num_parameters - p->layer_end};
+    Bucket layer = {p->layer_begin + (size_t)(b - 1) * p->layer_size, p->layer_size};
+    return b == 0 ? before : b <= num_layers ? layer : after;
+}
+static inline int tensor_bucket(enum TensorId id, int layer, int num_layers) {
+    int place = tensor_table[id].place;
+    return place == BEFORE_LAYERS ? 0 : place == PER_LAYER ? 1 + layer : num_layers + 1;
 }
 
 static inline int tensor_copies(const ModelConfig* c, enum TensorId id) {

@@ -3,6 +3,7 @@
 #pragma once
 #include "llmc/hashed_file.h"    // defines: HashedFile, hashed_create, hashed_write, hashed_finish
 #include "llmc/json.h"           // defines: json_append_string
+#include "llmc/layout.h"         // defines: tensor_owner, tensor_begin
 #include "llmc/manifest.h"       // defines: Manifest, manifest_add, manifest_find, plain_file_name
 #include "llmc/model_config.h"   // defines: model_config_load, model_config_write_json
 #include "llmc/stored_tensors.h" // defines: StoredTensors, stored_model, tensors_write, tensors_read
@@ -26,16 +27,31 @@ static inline bool bytes_write(const char* dir, const char* name, const void* da
     return ok;
 }
 
-// The weights: one file, or shards of at most max_bytes (a larger tensor has one for itself) and their index.
-static inline bool model_weights_write(const char* dir, const ModelConfig* model, float* params,
+// Weights that are shared out over processes (layout.h): elements [begin, end) of memory are here.
+typedef struct {
+    size_t begin, end;
+    int rank, size;
+} Share;
+
+static inline Share whole_share(const ModelConfig* model) {
+    Share all = {0, parameter_layout(model).num_parameters, 0, 1};
+    return all;
+}
+
+// The weights: one file, or shards of at most max_bytes (a larger tensor has one for itself) and their index. Each
+// process writes shards of its own, and the first one the index.
+static inline bool model_weights_write(const char* dir, const ModelConfig* model, float* params, Share share,
                                        uint64_t max_bytes, Manifest* manifest, Error* err) {
     StoredTensors list = stored_model(model, params, false);
+    ParameterLayout layout = parameter_layout(model);
     int* shard_of = (int*)calloc_check((size_t)list.count + 1, sizeof *shard_of); // and one behind the last
     uint64_t total = 0, in_shard = 0;
-    int shards = 1;
+    int shards = 1, owner = 0;
     for (int i = 0; i < list.count; i++) {
         uint64_t bytes = 4 * stored_elements(&list.tensors[i]);
-        if (in_shard > 0 && in_shard + bytes > max_bytes) shards++, in_shard = 0;
+        int mine = tensor_owner(&layout, tensor_begin(&layout, list.tensors[i].hf.offset), share.size);
+        if (in_shard > 0 && (in_shard + bytes > max_bytes || mine != owner)) shards++, in_shard = 0;
+        owner = mine;
         shard_of[i] = shards;
         in_shard += bytes, total += bytes;
     }
@@ -43,16 +59,19 @@ static inline bool model_weights_write(const char* dir, const ModelConfig* model
     string_append(&index, "{\n  \"metadata\": {\"total_size\": %llu},\n  \"weight_map\": {",
                   (unsigned long long)total);
     bool ok = true;
+    stored_keep(&list, share.begin, share.end);
     for (int first = 0, last; ok && first < list.count; first = last) {
         char name[64];
         snprintf(name, sizeof name, "model-%05d-of-%05d.safetensors", shard_of[first], shards);
         for (last = first; last < list.count && shard_of[last] == shard_of[first]; last++)
             string_append(&index, "%s\n    \"%s\": \"%s\"", last > 0 ? "," : "", list.tensors[last].hf.name,
                           name);
+        if (list.tensors[first].memory == NULL) continue;
         ok = tensors_write(dir, shards == 1 ? single_model_file : name, &list, first, last, manifest, err);
     }
     string_append(&index, "\n  }\n}\n");
-    if (ok && shards > 1) ok = bytes_write(dir, model_index_file, index.data, index.size, manifest, err);
+    if (ok && shards > 1 && share.rank == 0)
+        ok = bytes_write(dir, model_index_file, index.data, index.size, manifest, err);
     free(index.data);
     free(shard_of);
     free(list.tensors);
@@ -105,15 +124,14 @@ static inline bool tokenizer_files_write(const char* dir, const ModelConfig* mod
     return ok;
 }
 
-// What makes a directory a Hugging Face model: config.json, generation_config.json, the weights and, unless
+// What makes a directory a Hugging Face model, besides the weights: config.json, generation_config.json and, unless
 // tokenizer_path is NULL or "", the tokenizer. A record of every file is added to the manifest.
-static inline bool model_files_write(const char* dir, const ModelConfig* model, float* params,
-                                     const char* tokenizer_path, Manifest* manifest, Error* err) {
+static inline bool model_files_write(const char* dir, const ModelConfig* model, const char* tokenizer_path,
+                                     Manifest* manifest, Error* err) {
     String config = {NULL, 0, 0};
     model_config_write_json(model, &config);
     bool ok = bytes_write(dir, "config.json", config.data, config.size, manifest, err) &&
-              generation_config_write(dir, model, manifest, err) &&
-              model_weights_write(dir, model, params, MAX_SHARD_BYTES, manifest, err);
+              generation_config_write(dir, model, manifest, err);
     free(config.data);
     if (ok && tokenizer_path != NULL && tokenizer_path[0] != '\0')
         ok = tokenizer_files_write(dir, model, tokenizer_path, manifest, err);
@@ -170,14 +188,15 @@ static inline bool model_weight_files(Manifest* files, const char* dir, Error* e
     return ok;
 }
 
-// Reads the weights of the directory into params, or only checks them where params is NULL. With a manifest,
-// exactly its model*.safetensors files are read and their hashes checked.
-static inline bool model_weights_read(const char* dir, const ModelConfig* model, float* params,
+// Reads the weights of the directory into params (this process's share of them), or only checks them where params is
+// NULL. With a manifest, exactly its model*.safetensors files are read and their hashes checked.
+static inline bool model_weights_read(const char* dir, const ModelConfig* model, float* params, Share share,
                                       const Manifest* manifest, Error* err) {
     Manifest found = {NULL, 0};
     if (manifest == NULL && !model_weight_files(&found, dir, err)) return false;
     const Manifest* files = manifest != NULL ? manifest : &found;
     StoredTensors list = stored_model(model, params, true);
+    stored_keep(&list, share.begin, share.end);
     bool ok = true;
     for (int i = 0; ok && i < files->count; i++) {
         const FileRecord* file = &files->files[i];
@@ -186,7 +205,7 @@ static inline bool model_weights_read(const char* dir, const ModelConfig* model,
         if (weights) ok = tensors_read(dir, file->name, manifest != NULL ? file : NULL, &list, err);
     }
     ok = ok && stored_complete(&list, dir, err);
-    if (ok && params != NULL) zero_vocabulary_padding(model, params);
+    if (ok && params != NULL) zero_vocabulary_padding(model, params, share.begin, share.end);
     free(list.tensors);
     manifest_free(&found);
     return ok;

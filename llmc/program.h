@@ -1,8 +1,9 @@
 // What the run (trainer.h, train_loop.h, commands.h) asks of the program it is part of: a model that trains,
 // evaluates and generates. train_gpt.c and train_gpt.cu each define these functions for their own GPT.
 #pragma once
-#include "llmc/config.h"  // defines: RunConfig
-#include "llmc/planner.h" // defines: MemoryLine
+#include "llmc/config.h"     // defines: RunConfig
+#include "llmc/planner.h"    // defines: MemoryLine
+#include "llmc/rendezvous.h" // defines: Control
 
 typedef struct GPT GPT;
 typedef struct Decoder Decoder;
@@ -18,12 +19,15 @@ typedef struct {
 typedef struct {
     double loss, grad_norm, lr, seconds;
     bool applied; // false: loss or gradient norm was not finite, and the weights are as before
+    bool stop;    // some process was asked to
 } StepResult;
 
-// Weights and moments in fp32 in the host's memory, laid out by parameter_layout: what a checkpoint is read
-// into and written from. m and v are NULL without training.
+// Weights and moments in fp32 in the host's memory: what a checkpoint is read into and written from. Elements
+// [begin, end) of parameter_layout of the whole model: all of them, or the whole tensors that this process reads
+// and writes. m and v are NULL without training.
 typedef struct {
     float *params, *m, *v;
+    size_t begin, end;
 } HostState;
 
 // ----------------------------------------------------------------------------
@@ -36,7 +40,8 @@ bool gpt_resolve(RunConfig* run, bool training, Error* err);
 enum { MEMORY_LINES_MAX = 16 };
 // Everything a run allocates where the model lives, to the byte, into lines; returns how many there are.
 int gpt_memory(const RunConfig* run, bool training, MemoryLine lines[MEMORY_LINES_MAX]);
-uint64_t gpt_memory_limit(void); // bytes there are for it; 0: not known, there is no device here
+void gpt_choose_device(int local_rank); // of several devices in this machine: before anything else
+uint64_t gpt_memory_limit(void);        // bytes there are for it; 0: not known, there is no device here
 
 double
 gpt_peak_flops(const RunConfig* run); // dense peak of the device for precision.compute, FLOP/s; 0: not known
@@ -55,7 +60,8 @@ enum { PREFETCH_DEPTH = 2 };      // batches (global_batch_size, T + 1) that a t
 // failure, too, gpt_free takes it.
 bool gpt_create(GPT* g, const RunConfig* run, int B, int T, bool training, Error* err);
 void gpt_free(GPT* g);
-void gpt_init_weights(GPT* g, uint64_t seed);
+// Connects the processes of run->layout; where there is one it need not be called.
+bool gpt_connect(GPT* g, Control* control, Error* err);
 
 HostState gpt_host_state(GPT* g);
 void gpt_from_host(GPT* g);     // the host's state, just read, becomes the model's
@@ -68,12 +74,13 @@ void gpt_snapshot_wait(GPT* g); // until it is there; called by the thread that 
 // The rows (num_rows, T + 1) of the next step, num_rows a multiple of B. They stay as they are until the step
 // has been started. document_mask: attention stays inside documents, which begin with eot_id.
 void gpt_load_batch(GPT* g, const int32_t* rows, int num_rows, bool document_mask, int eot_id);
-// One optimizer step; applied_steps: those that were applied before it.
-void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_steps);
+// One optimizer step; applied_steps: those that were applied before it; stop: this process was asked to stop, which
+// the step's result then says on all of them.
+void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_steps, bool stop);
 StepResult gpt_finish_step(GPT* g);
 
 // The loss of every token of at most B rows (num_rows, T + 1), for evaluation: (num_rows, T), valid until the
-// next call.
+// next call. NULL in a process that does not have the model's head.
 const float* gpt_losses(GPT* g, const int32_t* rows, int num_rows, bool document_mask, int eot_id);
 
 // ----------------------------------------------------------------------------
@@ -83,3 +90,20 @@ void decoder_create(Decoder* d, GPT* g, int capacity);
 void decoder_step(Decoder* d, int token);      // appends it
 const float* decoder_logits(const Decoder* d); // (Vp): scores the token that follows those appended
 void decoder_free(Decoder* d);
+
+// ----------------------------------------------------------------------------
+
+// Random weights and zero moments, the same for a seed in every layout.
+static inline void init_weights(GPT* g, const ModelConfig* model, uint64_t seed) {
+    ParameterLayout p = parameter_layout(model);
+    HostState host = gpt_host_state(g);
+    for (int i = 0; i < NUM_TENSORS; i++)
+        for (int l = 0; l < tensor_copies(model, (enum TensorId)i); l++) {
+            size_t at = tensor_offset(&p, (enum TensorId)i, l);
+            if (p.size[i] != 0 && at >= host.begin && at < host.end)
+                init_tensor(host.params + (at - host.begin), model, (enum TensorId)i, l, seed);
+        }
+    size_t bytes = (host.end - host.begin) * sizeof(float);
+    if (host.m != NULL) memset(host.m, 0, bytes), memset(host.v, 0, bytes);
+    gpt_from_host(g);
+}

@@ -33,7 +33,26 @@ typedef struct {
 typedef struct {
     StoredTensor* tensors; // in the order of memory
     int count;
+    bool partial; // other processes have the rest, and read the files that hold nothing for this one
 } StoredTensors;
+
+// The list of a process that has elements [begin, end) of memory: what lies outside has none here.
+static inline void stored_keep(StoredTensors* list, size_t begin, size_t end) {
+    for (int i = 0; i < list->count; i++) {
+        StoredTensor* t = &list->tensors[i];
+        bool here = t->hf.offset >= begin && t->hf.offset < end;
+        if (here) t->hf.offset -= begin;
+        if (!here && t->memory != NULL) t->memory = NULL, list->partial = true;
+    }
+}
+
+// Only what has memory stays in the list.
+static inline void stored_drop_others(StoredTensors* list) {
+    int kept = 0;
+    for (int i = 0; i < list->count; i++)
+        if (list->tensors[i].memory != NULL) list->tensors[kept++] = list->tensors[i];
+    list->count = kept;
+}
 
 static inline uint64_t stored_elements(const StoredTensor* t) { return (uint64_t)t->hf.rows * t->hf.cols; }
 
@@ -50,7 +69,7 @@ static inline void stored_name(char out[RANGED_NAME], const StoredTensor* t, uin
 // Every weight of the model. With duplicates, a tied head may also be in the file under its own name.
 // Caller frees .tensors.
 static inline StoredTensors stored_model(const ModelConfig* model, float* params, bool duplicates) {
-    StoredTensors list;
+    StoredTensors list = {NULL, 0, false};
     list.count = model_hf_tensors(model, NULL);
     HfTensor* hf = (HfTensor*)calloc_check((size_t)list.count, sizeof *hf);
     model_hf_tensors(model, hf);
@@ -93,7 +112,7 @@ static inline void stored_add_moment(StoredTensors* list, const ModelConfig* mod
 // Caller frees .tensors.
 static inline StoredTensors stored_moments(const ModelConfig* model, float* m, float* v) {
     ParameterLayout p = parameter_layout(model);
-    StoredTensors list = {NULL, 0};
+    StoredTensors list = {NULL, 0, false};
     list.tensors = (StoredTensor*)calloc_check(2 * NUM_TENSORS * (size_t)(model->num_hidden_layers + 1),
                                                sizeof *list.tensors);
     for (int moment = 0; moment < 2; moment++)
@@ -179,13 +198,15 @@ static inline bool tensors_write(const char* dir, const char* name, const Stored
 // ----------------------------------------------------------------------------
 // reading
 
-// The padding of the vocabulary is in no file; in memory it is zero.
-static inline void zero_vocabulary_padding(const ModelConfig* model, float* memory) {
+// The padding of the vocabulary is in no file; in memory, of which [begin, end) is here, it is zero.
+static inline void zero_vocabulary_padding(const ModelConfig* model, float* memory, size_t begin,
+                                           size_t end) {
     ParameterLayout p = parameter_layout(model);
     for (int i = 0; i < NUM_TENSORS; i++) {
         if (tensor_table[i].rows != DIM_VOCAB || p.size[i] == 0) continue;
+        if (p.offset[i] < begin || p.offset[i] >= end) continue;
         size_t used = (size_t)model->vocab_size * p.cols[i];
-        memset(memory + p.offset[i] + used, 0, (p.size[i] - used) * sizeof(float));
+        memset(memory + (p.offset[i] - begin) + used, 0, (p.size[i] - used) * sizeof(float));
     }
 }
 
@@ -347,13 +368,25 @@ static inline bool tensor_read(HashedFile* f, const SafetensorsTensor* in, const
     return ok;
 }
 
+// Whether a file holds anything for this process. What it holds for others counts as found.
+static inline bool stored_wants(StoredTensors* list, const Safetensors* header) {
+    bool wanted = !list->partial;
+    for (int i = 0, last = -1; !wanted && i < header->count; i++) {
+        const StoredTensor* place = stored_find(list, header->tensors[i].name, &last);
+        wanted = place == NULL || place->memory != NULL;
+    }
+    for (int i = 0, last = -1; !wanted && i < header->count; i++)
+        stored_find(list, header->tensors[i].name, &last)->covered += header->tensors[i].count;
+    return wanted;
+}
+
 // One file, from front to back: every tensor in it to its place, then the hash of it all.
 static inline bool tensors_read(const char* dir, const char* name, const FileRecord* expected,
                                 StoredTensors* list, Error* err) {
     char* scratch = (char*)malloc_check(HASH_PIECE);
     TensorFile t;
-    bool ok = tensor_file_open(&t, dir, name, expected, err);
-    for (int i = 0, last = -1; ok && i < t.header.count; i++) {
+    bool ok = tensor_file_open(&t, dir, name, expected, err), wanted = ok && stored_wants(list, &t.header);
+    for (int i = 0, last = -1; wanted && ok && i < t.header.count; i++) {
         const SafetensorsTensor* in = &t.header.tensors[i];
         StoredTensor* place = stored_find(list, in->name, &last);
         if (place == NULL && !known_buffer(in->name))
@@ -368,7 +401,7 @@ static inline bool tensors_read(const char* dir, const char* name, const FileRec
                              err);
         if (place != NULL) place->covered += in->count;
     }
-    ok = ok && hashed_verify(&t.file, err);
+    ok = ok && (!wanted || hashed_verify(&t.file, err));
     tensor_file_close(&t);
     free(scratch);
     return ok;

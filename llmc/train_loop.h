@@ -40,7 +40,7 @@ static inline bool report_evaluation(Trainer* t, Error* err) {
     Evaluation e;
     double start = seconds_now();
     if (!evaluate(t, &e, err)) return false;
-    if (stop_requested()) return true;
+    if (stop_alone(t)) return true;
     t->bits_per_byte = e.bits_per_byte;
     printf("eval %6llu | val loss %.4f | perplexity %.2f", (unsigned long long)t->state.step, e.loss,
            e.perplexity);
@@ -108,6 +108,7 @@ static inline bool save(Trainer* t, Error* err) {
     t->tried_step = t->state.step;
     saver->gpt = t->gpt;
     saver->data = checkpoint_data(t);
+    saver->data.control = &t->save_control;
     saver->keep_last = t->run.checkpoint.keep_last;
     saver->permanent_every = (uint64_t)t->run.checkpoint.permanent_every;
     saver_start(saver);
@@ -170,21 +171,23 @@ static inline bool after_step(Trainer* t, const Due* due, Error* err) {
         warn_of_no_checkpoint(step, err);
         memset(err, 0, sizeof *err);
     }
-    if (due->evaluate && !stop_requested() && !report_evaluation(t, err)) return false;
-    return !due->sample || stop_requested() || report_samples(t, err);
+    if (due->evaluate && !stop_alone(t) && !report_evaluation(t, err)) return false;
+    return !due->sample || t->control.rank > 0 || stop_alone(t) || report_samples(t, err);
 }
 
 // The rows of the next step, for which it waits.
 static inline bool load_batch(Trainer* t, Prefetch* prefetch, Error* err) {
     const int32_t* rows = prefetch_next(prefetch, err);
     if (rows == NULL) return false;
-    gpt_load_batch(t->gpt, rows, t->run.batch.global_batch_size, t->run.data.document_mask, t->eot_id);
+    gpt_load_batch(t->gpt, rows, t->run.batch.global_batch_size / t->run.layout.dp_size,
+                   t->run.data.document_mask, t->eot_id);
     return true;
 }
 
 static inline void start_step(Trainer* t) {
     const TrainState* s = &t->state;
-    gpt_start_step(t->gpt, &t->run, learning_rate(&t->run, s->step), s->step - s->skipped_steps);
+    gpt_start_step(t->gpt, &t->run, learning_rate(&t->run, s->step), s->step - s->skipped_steps,
+                   stop_requested());
 }
 
 static inline StepResult finish_step(Trainer* t) {
@@ -203,10 +206,11 @@ static inline StepResult finish_step(Trainer* t) {
 static inline bool run_steps(Trainer* t, Prefetch* prefetch, Error* err) {
     uint64_t max_steps = (uint64_t)t->run.schedule.max_steps;
     double start = seconds_now();
-    bool unreported = false, ok = t->state.step >= max_steps || load_batch(t, prefetch, err);
+    bool unreported = false, stop = t->control.size == 1 && stop_requested(),
+         ok = t->state.step >= max_steps || load_batch(t, prefetch, err);
     StepResult r;
     memset(&r, 0, sizeof r);
-    for (int done = 1; ok && t->state.step < max_steps && !stop_requested(); done++) {
+    for (int done = 1; ok && t->state.step < max_steps && !stop; done++) {
         start_step(t);
         if (unreported) report_step(t, &r);
         if (saver_has_result(&t->saver)) finish_save_or_warn(t);
@@ -219,6 +223,7 @@ static inline bool run_steps(Trainer* t, Prefetch* prefetch, Error* err) {
         unreported = due.report && !at_once;
         if (due.report && at_once) report_step(t, &r);
         ok = ok && after_step(t, &due, err);
+        stop = r.stop || stop_alone(t);
         start = seconds_now();
     }
     if (unreported) report_step(t, &r);
@@ -226,9 +231,10 @@ static inline bool run_steps(Trainer* t, Prefetch* prefetch, Error* err) {
 }
 
 static inline bool train_loop(Trainer* t, Error* err) {
-    int rows = t->run.batch.global_batch_size;
+    const Layout* l = &t->run.layout;
     Prefetch prefetch;
-    if (!prefetch_start(&prefetch, &t->train, t->state.rows, (uint64_t)rows, 0, rows, PREFETCH_DEPTH, err))
+    if (!prefetch_start(&prefetch, &t->train, t->state.rows, t->run.batch.global_batch_size,
+                        t->run.batch.micro_batch_size, l->dp, l->dp_size, PREFETCH_DEPTH, err))
         return false;
     bool ok = run_steps(t, &prefetch, err);
     prefetch_stop(&prefetch);

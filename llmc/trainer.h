@@ -19,6 +19,7 @@ typedef struct {
     Tokenizer tokenizer;
     char tokenizer_json[PATH_MAX]; // what checkpoints take along; "": no tokenizer
     int run_dir_fd;                // locked while training
+    Control control, save_control; // the other processes; those of the threads that write checkpoints
     DataLoader train, validation;
     int eot_id; // begins every document in the shards; -1: not known
     TrainState state;
@@ -34,6 +35,7 @@ typedef struct {
 static inline void trainer_init(Trainer* t, const Program* program) {
     memset(t, 0, sizeof *t);
     t->program = program, t->gpt = program->gpt;
+    t->control.size = t->save_control.size = 1;
     t->bits_per_byte = NAN, t->metrics.fd = t->run_dir_fd = -1;
 }
 
@@ -47,6 +49,7 @@ static inline void trainer_close(Trainer* t) {
     gpt_free(t->gpt);
     metrics_close(&t->metrics);
     if (t->run_dir_fd >= 0) close(t->run_dir_fd);
+    control_close(&t->control), control_close(&t->save_control);
     free(t->config_json.data);
 }
 
@@ -73,8 +76,8 @@ static inline const char* checkpoints_directory(const Trainer* t, char out[PATH_
 
 static inline CheckpointData checkpoint_data(Trainer* t) {
     HostState host = gpt_host_state(t->gpt);
-    CheckpointData data = {&t->run.model, host.params,         host.m,           host.v,
-                           t->state,      t->config_json.data, t->tokenizer_json};
+    CheckpointData data = {&t->run.model,       host.params,       host.m,     host.v,   t->state,
+                           t->config_json.data, t->tokenizer_json, host.begin, host.end, &t->control};
     return data;
 }
 
@@ -89,22 +92,22 @@ static inline bool load_weights(Trainer* t, enum WeightsFrom* from, Error* err) 
     bool found = false;
     *from = WEIGHTS_NOWHERE;
     if (checkpoints_directory(t, directory, err) == NULL) return false;
-    // a new run does not ask for the host's state, which may be large
-    if (access(directory, F_OK) != 0 && errno == ENOENT && load_from[0] == '\0') return true;
     CheckpointData data = checkpoint_data(t);
     if (!checkpoint_load_newest(directory, &data, &found, err)) return false;
     *from = found ? WEIGHTS_RUN : load_from[0] != '\0' ? WEIGHTS_ELSEWHERE : WEIGHTS_NOWHERE;
     if (*from == WEIGHTS_NOWHERE) return true;
     if (*from == WEIGHTS_ELSEWHERE) {
-        size_t bytes = parameter_layout(&t->run.model).num_parameters * sizeof(float);
+        size_t bytes = (data.end - data.begin) * sizeof(float);
         if (data.m != NULL) memset(data.m, 0, bytes), memset(data.v, 0, bytes);
         data.m = data.v = NULL;
-        if (!checkpoint_load(load_from, &data, err)) return false;
+        bool ok = checkpoint_load(load_from, &data, err);
+        if (!control_agree(&t->control, err) || !ok) return false;
     }
     gpt_from_host(t->gpt);
     t->state = data.state;
-    fprintf(stderr, "weights from %s, step %llu\n", found ? directory : load_from,
-            (unsigned long long)t->state.step);
+    if (t->control.rank == 0)
+        fprintf(stderr, "weights from %s, step %llu\n", found ? directory : load_from,
+                (unsigned long long)t->state.step);
     return true;
 }
 
@@ -113,7 +116,7 @@ static inline bool load_or_init(Trainer* t, bool* resumed, Error* err) {
     enum WeightsFrom from;
     if (!load_weights(t, &from, err)) return false;
     *resumed = from == WEIGHTS_RUN;
-    if (from == WEIGHTS_NOWHERE) gpt_init_weights(t->gpt, t->run.seed);
+    if (from == WEIGHTS_NOWHERE) init_weights(t->gpt, &t->run.model, t->run.seed);
     if (!*resumed) {
         memset(&t->state, 0, sizeof t->state);
         t->state.data_fingerprint = t->train.fingerprint;

@@ -226,7 +226,7 @@ static void bench_step(const Device* device, int argc, char** argv) {
     if (!gpt_resolve(&run, true, &err)) exit_with(&err);
     size_t before = device_free_memory();
     if (!gpt_create(&g, &run, B, T, true, &err)) exit_with(&err);
-    gpt_init_weights(&g, 1);
+    init_weights(&g, &run.model, 1);
     double times[REPEATS], tokens = (double)rows * T;
     std::vector<int32_t> data((size_t)rows * (size_t)(T + 1));
     for (size_t i = 0; i < data.size(); i++)
@@ -234,7 +234,7 @@ static void bench_step(const Device* device, int argc, char** argv) {
     for (int step = -3; step < REPEATS; step++) {
         double start = seconds_now();
         gpt_load_batch(&g, data.data(), rows, false, -1);
-        gpt_start_step(&g, &run, 1e-4, (uint64_t)(step + 3));
+        gpt_start_step(&g, &run, 1e-4, (uint64_t)(step + 3), false);
         gpt_finish_step(&g);
         if (step >= 0) times[step] = seconds_now() - start;
     }

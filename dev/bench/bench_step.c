@@ -25,7 +25,7 @@ static void bench(int B, int T, int compute, int steps) {
                                       compute == COMPUTE_BF16 ? MATMUL_BF16 : MATMUL_FP32);
     GPT g;
     if (!gpt_create(&g, &run, B, T, true, &err)) exit_with(&err);
-    gpt_init_weights(&g, 1);
+    init_weights(&g, &run.model, 1);
     int tokens[4 * 1024 + 1];
     for (int i = 0; i <= B * T; i++) tokens[i] = (int)(random_bits(1, 0, 0, (uint64_t)i).x[0] % 50257u);
     double times[64];

@@ -3,6 +3,7 @@
 //     EMU_MEMORY=bytes    its memory (16 GiB)
 //     EMU_ARCH=70         its compute capability times ten (90); kernels run from 80 on
 //     EMU_NO_DRIVER=1     a machine without a driver; =device: with a driver and without a device
+//     EMU_DEVICES=n       how many of them there are (1); each process has its own memory of each
 //     EMU_SEED=n          orders that CUDA leaves open (threads, blocks, streams) are drawn, not fixed
 #include <stdlib.h>
 
@@ -21,6 +22,7 @@ enum {
 enum { SHARED_DEFAULT = 48 << 10, SHARED_PER_MULTIPROCESSOR = 228 << 10, SHARED_RESERVED = 1 << 10 };
 
 static cudaError_t last_error = cudaSuccess;
+static int current_device;
 static std::map<const void*, int> function_limits; // kernel -> bytes of dynamic shared memory
 
 static unsigned long long environment_number(const char* name, unsigned long long otherwise) {
@@ -30,6 +32,7 @@ static unsigned long long environment_number(const char* name, unsigned long lon
 
 const EmuDevice* emu_device(void) {
     static const EmuDevice device = {getenv("EMU_NO_DRIVER") == NULL, (int)environment_number("EMU_ARCH", 90),
+                                     (int)environment_number("EMU_DEVICES", 1),
                                      (size_t)environment_number("EMU_MEMORY", 16ull << 30)};
     return &device;
 }
@@ -91,23 +94,30 @@ cudaError_t cudaRuntimeGetVersion(int* version) {
 }
 cudaError_t cudaGetDeviceCount(int* count) {
     EmuLock lock;
-    *count = emu_device()->present;
+    *count = emu_device()->present ? emu_device()->count : 0;
     return emu_need_device();
 }
 cudaError_t cudaSetDevice(int device) {
     EmuLock lock;
     if (emu_need_device() != cudaSuccess) return cudaPeekAtLastError();
-    return emu_error(device == 0 ? cudaSuccess : cudaErrorInvalidDevice);
+    if (device < 0 || device >= emu_device()->count) return emu_error(cudaErrorInvalidDevice);
+    current_device = device;
+    return cudaSuccess;
 }
 cudaError_t cudaGetDevice(int* device) {
     EmuLock lock;
-    *device = 0;
+    *device = current_device;
     return emu_need_device();
+}
+
+static cudaError_t known_device(int device) {
+    if (emu_need_device() != cudaSuccess) return cudaPeekAtLastError();
+    return emu_error(device >= 0 && device < emu_device()->count ? cudaSuccess : cudaErrorInvalidDevice);
 }
 
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
     EmuLock lock;
-    cudaError_t error = cudaSetDevice(device);
+    cudaError_t error = known_device(device);
     if (error != cudaSuccess) return error;
     memset(properties, 0, sizeof *properties);
     strcpy(properties->name, "emulated GPU");
@@ -146,7 +156,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
                   {cudaDevAttrComputeCapabilityMinor, emu_device()->architecture % 10},
                   {cudaDevAttrMaxSharedMemoryPerMultiprocessor, SHARED_PER_MULTIPROCESSOR},
                   {cudaDevAttrMaxSharedMemoryPerBlockOptin, EMU_ARENA_BYTES}};
-    cudaError_t error = cudaSetDevice(device);
+    cudaError_t error = known_device(device);
     if (error != cudaSuccess) return error;
     for (const auto& v : values)
         if (v.attribute == attribute) {

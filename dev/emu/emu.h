@@ -28,6 +28,7 @@ struct EmuLock {
 struct EmuDevice {
     bool present;
     int architecture;
+    int count;
     size_t memory; // bytes
 };
 const EmuDevice* emu_device(void); // as the environment describes it
@@ -88,6 +89,11 @@ bool emu_in_device_range(const void* address);
 // ----------------------------------------------------------------------------
 // stream.cc
 
+// Puts into a stream what cannot be done in one go: it is called until it says true.
+cudaError_t emu_enqueue_polled(cudaStream_t stream, std::function<bool()> work);
+// Between two attempts at something that another process must do first: gives up the processor, for longer and
+// longer while there is no progress.
+void emu_pause(bool progress);
 // Waits for everything in every stream.
 void emu_drain(void);
 // The error of a call that a capture forbids; cudaSuccess where nothing is being captured. Ends the capture.

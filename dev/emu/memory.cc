@@ -153,6 +153,18 @@ cudaError_t cudaMemcpyAsync(void* dst, const void* src, size_t bytes, cudaMemcpy
     return error;
 }
 
+cudaError_t cudaMemcpy2DAsync(void* dst, size_t dst_pitch, const void* src, size_t src_pitch, size_t width,
+                              size_t height, cudaMemcpyKind kind, cudaStream_t stream) {
+    EmuLock lock;
+    if (width > dst_pitch || width > src_pitch) return emu_error(cudaErrorInvalidPitchValue);
+    for (size_t row = 0; row < height; row++) {
+        cudaError_t error = cudaMemcpyAsync((char*)dst + row * dst_pitch, (const char*)src + row * src_pitch,
+                                            width, kind, stream);
+        if (error != cudaSuccess) return error;
+    }
+    return cudaSuccess;
+}
+
 cudaError_t cudaMemcpy(void* dst, const void* src, size_t bytes, cudaMemcpyKind kind) {
     EmuLock lock;
     cudaError_t error = cudaMemcpyAsync(dst, src, bytes, kind, 0);

@@ -1,20 +1,85 @@
-// NCCL with one rank. A collective is then a copy, in the order of its stream; a send reaches the receive of the
-// same group. What NCCL would refuse or hang at is refused, and ncclGetLastError says why.
+// NCCL between processes of one machine, which meet in shared memory. What NCCL would refuse is refused, and
+// ncclGetLastError says why; where NCCL would hang, so does this: a rank that was killed is waited for.
+//
+//     EMU_NCCL_DETECT=1      ncclCommGetAsyncError says ncclRemoteError once a rank of the communicator is gone
+//     EMU_NCCL_TRAFFIC=path  at exit, path.RANK lists calls and bytes of each communicator and operation
+//
+// Reductions take place in the element type: ((rank 0 + rank 1) + rank 2) + ..., rounded at every addition; the
+// average divides the sum once. Operations of a communicator run in the order of their calls, whatever streams
+// they are in. Collectives go through shared memory piece by piece:
+//
+//     segment   | header: pids, splits | rank 0: posted, read, call, STAGE bytes | rank 1 ... | pair 0 0 | 0 1 ...
+//     a piece   every rank puts its part into its stage and counts `posted`; when all have, every rank takes what
+//               it needs and counts `read`; when all have, the stages are free for the next piece
+//     a pair    (sender, receiver): a stage with the counters `put` and `got`; a send is done when all of it was got
 #include "nccl.h" // defines: ncclAllReduce ...
 
+#include <fcntl.h>
+#include <signal.h>
 #include <stdarg.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
+#include <atomic>
+#include <map>
 #include <set>
+#include <string>
 
-#include "emu.h" // defines: emu_find_allocation, emu_report
+#include "cuda_bf16.h"
+#include "cuda_fp16.h"
+#include "emu.h" // defines: emu_find_allocation, emu_report, emu_enqueue_polled
+
+enum { MAX_RANKS = 256, STAGE_BYTES = 128 << 10, PAIR_BYTES = 32 << 10 };
+
+enum Kind { ALL_REDUCE, REDUCE, BROADCAST, REDUCE_SCATTER, ALL_GATHER, SEND, RECEIVE, NUM_KINDS };
+static const char* const KIND_NAMES[NUM_KINDS] = {"ncclAllReduce",     "ncclReduce",    "ncclBroadcast",
+                                                  "ncclReduceScatter", "ncclAllGather", "ncclSend",
+                                                  "ncclRecv"};
+static const size_t TYPE_BYTES[ncclNumTypes] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2, 1, 1};
+
+// What all ranks of a collective must agree on.
+struct Signature {
+    int kind, type, op, root;
+    size_t count;
+};
+struct alignas(64) RankArea {
+    std::atomic<unsigned long> posted, read; // pieces
+    Signature call;                          // that the last posted piece belongs to
+    std::atomic<unsigned long> split, split_read;
+    int color, key;
+    alignas(64) char stage[STAGE_BYTES];
+};
+struct alignas(64) PairArea {
+    std::atomic<unsigned long> put, got;
+    size_t bytes; // of the whole message
+    alignas(64) char stage[PAIR_BYTES];
+};
+struct alignas(64) Header {
+    std::atomic<int> joined;
+    std::atomic<int> pid[MAX_RANKS];
+};
 
 struct ncclComm {
-    bool finalized;
+    int rank, size, device;
+    std::string name;
+    char* segment;
+    size_t segment_bytes;
+    bool finalized, aborted;
+    unsigned long issued, served; // operations
+    unsigned long pieces;         // of collectives so far
+    unsigned long splits;
+    int number;                                              // in the order in which this process made them
+    std::map<int, std::pair<unsigned long, double>> traffic; // kind -> calls, bytes
+
+    Header* header() { return (Header*)(void*)segment; }
+    RankArea* area(int r) { return (RankArea*)(void*)(segment + sizeof(Header)) + r; }
+    PairArea* pair(int from, int to) { return (PairArea*)(void*)area(size) + from * size + to; }
+    bool ready() { return header()->joined.load() == size; }
 };
 
 static std::set<ncclComm_t> communicators;
 static char last_error[256];
-static const size_t TYPE_BYTES[ncclNumTypes] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2, 1, 1};
+static FILE* traffic_file;
 
 __attribute__((format(printf, 2, 3))) static ncclResult_t refuse(ncclResult_t result, const char* format,
                                                                  ...) {
@@ -56,151 +121,466 @@ static ncclResult_t check_config(const ncclConfig_t* config) {
 }
 
 ncclResult_t ncclGetUniqueId(ncclUniqueId* id) {
-    static unsigned char number;
+    unsigned char bytes[16];
+    FILE* random = fopen("/dev/urandom", "r");
+    bool ok = random != NULL && fread(bytes, sizeof bytes, 1, random) == 1;
+    if (random != NULL) fclose(random);
+    if (!ok) return refuse(ncclSystemError, "no random numbers");
     memset(id, 0, sizeof *id);
-    id->internal[0] = (char)++number;
+    int n = snprintf(id->internal, sizeof id->internal, "/emu_nccl_");
+    for (unsigned char byte : bytes) n += snprintf(id->internal + n, 3, "%02x", byte);
     return ncclSuccess;
 }
 
-ncclResult_t ncclCommInitRankConfig(ncclComm_t* comm, int nranks, ncclUniqueId, int rank,
+// The segment of a communicator: of this process alone, or the same for all that know the name.
+static char* map_segment(const std::string& name, int size, size_t bytes) {
+    int flags = size == 1 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED, fd = -1;
+    if (size > 1 && ((fd = shm_open(name.c_str(), O_CREAT | O_RDWR | O_CLOEXEC, 0600)) < 0 ||
+                     ftruncate(fd, (off_t)bytes) != 0))
+        return NULL;
+    void* memory = mmap(NULL, bytes, PROT_READ | PROT_WRITE, flags, fd, 0);
+    if (fd >= 0) close(fd);
+    return memory == MAP_FAILED ? NULL : (char*)memory;
+}
+
+ncclResult_t ncclCommInitRankConfig(ncclComm_t* result, int nranks, ncclUniqueId id, int rank,
                                     ncclConfig_t* config) {
-    ncclResult_t result = check_config(config);
-    if (result != ncclSuccess) return result;
+    EmuLock lock;
+    static int number;
+    ncclResult_t checked = check_config(config);
+    if (checked != ncclSuccess) return checked;
     if (emu_need_device() != cudaSuccess) return refuse(ncclUnhandledCudaError, "there is no device");
     if (rank < 0 || rank >= nranks) return refuse(ncclInvalidArgument, "rank %d of %d", rank, nranks);
-    if (nranks != 1)
-        return refuse(ncclInvalidUsage, "%d ranks: the emulated NCCL has communicators of one", nranks);
-    *comm = new ncclComm{false};
-    communicators.insert(*comm);
+    if (nranks > MAX_RANKS) return refuse(ncclInvalidUsage, "%d ranks: emulated are %d", nranks, MAX_RANKS);
+    size_t bytes = sizeof(Header) + (size_t)nranks * sizeof(RankArea) +
+                   (size_t)nranks * (size_t)nranks * sizeof(PairArea);
+    ncclComm_t comm = new ncclComm{};
+    comm->rank = rank, comm->size = nranks, comm->name = std::string(id.internal, strnlen(id.internal, 100));
+    comm->segment = map_segment(comm->name, nranks, bytes), comm->segment_bytes = bytes;
+    comm->number = number++;
+    cudaGetDevice(&comm->device);
+    if (comm->segment == NULL) {
+        delete comm;
+        return refuse(ncclSystemError, "no shared memory: %s", strerror(errno));
+    }
+    if (comm->header()->pid[rank].exchange(getpid()) != 0)
+        emu_report("ncclCommInitRank: rank %d is there twice", rank);
+    communicators.insert(comm);
+    *result = comm;
+    if (comm->header()->joined.fetch_add(1) == nranks - 1 && nranks > 1) shm_unlink(comm->name.c_str());
+    if (config != NULL && config->blocking == 0) return comm->ready() ? ncclSuccess : ncclInProgress;
+    while (!comm->ready()) emu_pause(false);
+    emu_pause(true);
     return ncclSuccess;
 }
 ncclResult_t ncclCommInitRank(ncclComm_t* comm, int nranks, ncclUniqueId id, int rank) {
     return ncclCommInitRankConfig(comm, nranks, id, rank, NULL);
 }
 
-ncclResult_t ncclCommSplit(ncclComm_t comm, int color, int, ncclComm_t* newcomm, ncclConfig_t* config) {
+ncclResult_t ncclCommSplit(ncclComm_t comm, int color, int key, ncclComm_t* newcomm, ncclConfig_t* config) {
+    EmuLock lock;
     ncclResult_t result = check_communicator(comm);
     if (result != ncclSuccess) return result;
     if (color < 0 && color != NCCL_SPLIT_NOCOLOR) return refuse(ncclInvalidArgument, "color %d", color);
+    RankArea* mine = comm->area(comm->rank);
+    unsigned long now = ++comm->splits;
+    for (int r = 0; r < comm->size; r++)
+        while (comm->area(r)->split_read.load() < now - 1) emu_pause(false);
+    mine->color = color, mine->key = key;
+    mine->split.store(now);
+    int rank = 0, size = 0;
+    for (int r = 0; r < comm->size; r++) {
+        RankArea* other = comm->area(r);
+        while (other->split.load() < now) emu_pause(false);
+        if (other->color != color) continue;
+        size++;
+        if (other->key < key || (other->key == key && r < comm->rank)) rank++;
+    }
+    mine->split_read.store(now);
+    emu_pause(true);
     *newcomm = NULL;
-    return color == NCCL_SPLIT_NOCOLOR ? ncclSuccess
-                                       : ncclCommInitRankConfig(newcomm, 1, ncclUniqueId{{0}}, 0, config);
+    if (color == NCCL_SPLIT_NOCOLOR) return ncclSuccess;
+    ncclUniqueId id;
+    memset(&id, 0, sizeof id);
+    size_t hash =
+        std::hash<std::string>()(comm->name + " " + std::to_string(now) + " " + std::to_string(color));
+    snprintf(id.internal, sizeof id.internal, "/emu_nccl_%016zx", hash);
+    return ncclCommInitRankConfig(newcomm, size, id, rank, config);
+}
+
+static void count_traffic(ncclComm_t comm) {
+    const char* path = getenv("EMU_NCCL_TRAFFIC");
+    if (path == NULL || comm->traffic.empty()) return;
+    const char* rank = getenv("RANK");
+    std::string name = std::string(path) + "." + (rank != NULL ? rank : "0");
+    if (traffic_file == NULL) traffic_file = fopen(name.c_str(), "w");
+    if (traffic_file == NULL) return;
+    for (const auto& t : comm->traffic)
+        fprintf(traffic_file, "%d %d %s %lu %.0f\n", comm->number, comm->size, KIND_NAMES[t.first],
+                t.second.first, t.second.second);
+    fflush(traffic_file);
 }
 
 ncclResult_t ncclCommFinalize(ncclComm_t comm) {
+    EmuLock lock;
     ncclResult_t result = check_communicator(comm);
     if (result != ncclSuccess) return result;
-    if (comm->finalized) return refuse(ncclInvalidArgument, "the communicator is already finalized");
+    if (comm->finalized) return refuse(ncclInvalidUsage, "the communicator is already finalized");
+    emu_drain();
     comm->finalized = true;
     return ncclSuccess;
 }
-ncclResult_t ncclCommAbort(ncclComm_t comm) {
+static ncclResult_t remove_communicator(ncclComm_t comm, bool abort) {
     if (comm == NULL) return ncclSuccess;
+    EmuLock lock;
     ncclResult_t result = check_communicator(comm);
     if (result != ncclSuccess) return result;
+    comm->aborted = abort;
+    emu_drain(); // what it still has to do, or gives up
+    count_traffic(comm);
     communicators.erase(comm);
+    munmap(comm->segment, comm->segment_bytes);
     delete comm;
     return ncclSuccess;
 }
-ncclResult_t ncclCommDestroy(ncclComm_t comm) { return ncclCommAbort(comm); } // alone, nobody is waited for
+ncclResult_t ncclCommAbort(ncclComm_t comm) { return remove_communicator(comm, true); }
+ncclResult_t ncclCommDestroy(ncclComm_t comm) { return remove_communicator(comm, false); }
 
-static ncclResult_t answer(ncclComm_t comm, int* out, int value) {
-    *out = value;
-    return check_communicator(comm);
+static ncclResult_t answer(ncclComm_t comm, int* out, int ncclComm::*value) {
+    ncclResult_t result = check_communicator(comm);
+    if (result == ncclSuccess) *out = comm->*value;
+    return result;
 }
-ncclResult_t ncclCommCount(ncclComm_t comm, int* count) { return answer(comm, count, 1); }
-ncclResult_t ncclCommUserRank(ncclComm_t comm, int* rank) { return answer(comm, rank, 0); }
-ncclResult_t ncclCommCuDevice(ncclComm_t comm, int* device) { return answer(comm, device, 0); }
+ncclResult_t ncclCommCount(ncclComm_t comm, int* count) { return answer(comm, count, &ncclComm::size); }
+ncclResult_t ncclCommUserRank(ncclComm_t comm, int* rank) { return answer(comm, rank, &ncclComm::rank); }
+ncclResult_t ncclCommCuDevice(ncclComm_t comm, int* device) {
+    return answer(comm, device, &ncclComm::device);
+}
+
 ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t* error) {
-    *error = ncclSuccess;
-    return check_communicator(comm);
+    ncclResult_t result = check_communicator(comm);
+    if (result != ncclSuccess) return result;
+    *error = comm->ready() ? ncclSuccess : ncclInProgress;
+    if (getenv("EMU_NCCL_DETECT") == NULL) return ncclSuccess;
+    for (int r = 0; r < comm->size; r++) {
+        int pid = comm->header()->pid[r].load();
+        if (pid != 0 && kill(pid, 0) != 0) *error = ncclRemoteError;
+    }
+    return ncclSuccess;
+}
+
+// ----------------------------------------------------------------------------
+// arithmetic, in the element type
+
+template <typename X> static X combine(X a, X b, int op) {
+    switch (op) {
+    case ncclProd:
+        return a * b;
+    case ncclMax:
+        return a > b ? a : b;
+    case ncclMin:
+        return a < b ? a : b;
+    default:
+        return a + b;
+    }
+}
+
+// out (n) = the reduction of parts[0] (n), parts[1] (n), ...
+template <typename X>
+static void reduce_as(void* out, const std::vector<const char*>& parts, size_t n, int op) {
+    for (size_t i = 0; i < n; i++) {
+        X sum = ((const X*)(const void*)parts[0])[i];
+        for (size_t r = 1; r < parts.size(); r++)
+            sum = combine(sum, ((const X*)(const void*)parts[r])[i], op);
+        if (op == ncclAvg) sum = (X)(sum / (X)parts.size());
+        ((X*)out)[i] = sum;
+    }
+}
+static void reduce_bf16(void* out, const std::vector<const char*>& parts, size_t n, int op) {
+    for (size_t i = 0; i < n; i++) {
+        __nv_bfloat16 sum = ((const __nv_bfloat16*)(const void*)parts[0])[i];
+        for (size_t r = 1; r < parts.size(); r++)
+            sum = __float2bfloat16_rn(
+                combine(__bfloat162float(sum),
+                        __bfloat162float(((const __nv_bfloat16*)(const void*)parts[r])[i]), op));
+        if (op == ncclAvg) sum = __float2bfloat16_rn(__bfloat162float(sum) / (float)parts.size());
+        ((__nv_bfloat16*)out)[i] = sum;
+    }
+}
+
+static void reduce_parts(void* out, const std::vector<const char*>& parts, size_t n, int type, int op) {
+    switch (type) {
+    case ncclInt8:
+        return reduce_as<signed char>(out, parts, n, op);
+    case ncclUint8:
+        return reduce_as<unsigned char>(out, parts, n, op);
+    case ncclInt32:
+        return reduce_as<int>(out, parts, n, op);
+    case ncclUint32:
+        return reduce_as<unsigned>(out, parts, n, op);
+    case ncclInt64:
+        return reduce_as<long long>(out, parts, n, op);
+    case ncclUint64:
+        return reduce_as<unsigned long long>(out, parts, n, op);
+    case ncclFloat32:
+        return reduce_as<float>(out, parts, n, op);
+    case ncclFloat64:
+        return reduce_as<double>(out, parts, n, op);
+    case ncclBfloat16:
+        return reduce_bf16(out, parts, n, op);
+    default:
+        emu_report("sums of NCCL type %d are not emulated", type);
+    }
 }
 
 // ----------------------------------------------------------------------------
 // operations
 
-enum Kind { COLLECTIVE, SEND, RECEIVE };
 struct Call {
-    Kind kind;
-    const char* name;
-    const void* send; // NULL for a receive
-    void* recv;       // NULL for a send
-    size_t count;
-    ncclDataType_t type;
+    Signature what; // of a send or a receive, root is the peer
+    const char* send;
+    char* recv;
     ncclComm_t comm;
     cudaStream_t stream;
+    size_t done;    // elements of a collective, bytes of a message
+    unsigned phase; // of a piece: 0 not posted, 1 posted
+    bool finished;
 };
+
+static void check_memory(const Call& call, const void* pointer, size_t bytes) {
+    if (bytes == 0) return;
+    const EmuAllocation* memory = emu_find_allocation(pointer);
+    if (memory == NULL || (size_t)(memory->begin + memory->bytes - (const char*)pointer) < bytes)
+        emu_report("%s: there are no %zu bytes of the device's memory at %p", KIND_NAMES[call.what.kind],
+                   bytes, pointer);
+}
+
+// The sizes of what a collective reads and writes here, in elements.
+static size_t elements_sent(const Call& c) {
+    return c.what.kind == REDUCE_SCATTER ? c.what.count * (size_t)c.comm->size : c.what.count;
+}
+static size_t elements_received(const Call& c) {
+    return c.what.kind == ALL_GATHER ? c.what.count * (size_t)c.comm->size : c.what.count;
+}
+static bool sends_here(const Call& c) {
+    return c.what.kind != RECEIVE && (c.what.kind != BROADCAST || c.comm->rank == c.what.root);
+}
+static bool receives_here(const Call& c) {
+    return c.what.kind != SEND && (c.what.kind != REDUCE || c.comm->rank == c.what.root);
+}
+
+static void check_buffers(const Call& c) {
+    size_t element = TYPE_BYTES[c.what.type], sent = elements_sent(c) * element;
+    size_t received = elements_received(c) * element, part = c.what.count * element;
+    if (sends_here(c)) check_memory(c, c.send, sent);
+    if (receives_here(c)) check_memory(c, c.recv, received);
+    if (c.what.kind >= SEND || !sends_here(c) || !receives_here(c)) return;
+    size_t shift = part * (size_t)c.comm->rank;
+    bool overlap = c.send < c.recv + received && c.recv < c.send + sent;
+    bool in_place = c.what.kind == ALL_GATHER       ? c.send == c.recv + shift
+                    : c.what.kind == REDUCE_SCATTER ? c.recv == c.send + shift
+                                                    : c.send == c.recv;
+    if (overlap && !in_place) emu_report("%s: its buffers overlap in part", KIND_NAMES[c.what.kind]);
+}
+
+static void check_agreement(const Call& c) {
+    for (int r = 0; r < c.comm->size; r++) {
+        const Signature& other = c.comm->area(r)->call;
+        if (memcmp(&other, &c.what, sizeof other) != 0)
+            emu_report(
+                "rank %d of %d calls %s of %zu elements (type %d, operation %d, root %d) where rank %d "
+                "calls %s of %zu (type %d, operation %d, root %d)",
+                c.comm->rank, c.comm->size, KIND_NAMES[c.what.kind], c.what.count, c.what.type, c.what.op,
+                c.what.root, r, KIND_NAMES[other.kind], other.count, other.type, other.op, other.root);
+    }
+}
+
+// Elements [c.done, c.done + n) of each part: into the stage, or out of the stages.
+static void post_piece(const Call& c, size_t n) {
+    size_t element = TYPE_BYTES[c.what.type],
+           parts = c.what.kind == REDUCE_SCATTER ? (size_t)c.comm->size : 1;
+    char* stage = c.comm->area(c.comm->rank)->stage;
+    for (size_t p = 0; p < parts && sends_here(c); p++)
+        memcpy(stage + p * n * element, c.send + (p * c.what.count + c.done) * element, n * element);
+}
+static void take_piece(const Call& c, size_t n) {
+    size_t element = TYPE_BYTES[c.what.type], at = c.done * element, bytes = n * element;
+    int kind = c.what.kind, size = c.comm->size;
+    if (!receives_here(c)) return;
+    if (kind == ALL_GATHER) {
+        for (int r = 0; r < size; r++)
+            memcpy(c.recv + (size_t)r * c.what.count * element + at, c.comm->area(r)->stage, bytes);
+    } else if (kind == BROADCAST) {
+        memcpy(c.recv + at, c.comm->area(c.what.root)->stage, bytes);
+    } else {
+        std::vector<const char*> parts;
+        size_t first = kind == REDUCE_SCATTER ? (size_t)c.comm->rank * bytes : 0;
+        for (int r = 0; r < size; r++) parts.push_back(c.comm->area(r)->stage + first);
+        reduce_parts(c.recv + at, parts, n, c.what.type, c.what.op);
+    }
+}
+
+// As much of a collective as can be done now; true when it is done.
+static bool advance_collective(Call& c) {
+    ncclComm_t comm = c.comm;
+    size_t parts = c.what.kind == REDUCE_SCATTER ? (size_t)comm->size : 1;
+    size_t room = STAGE_BYTES / TYPE_BYTES[c.what.type] / parts;
+    while (c.done < c.what.count) {
+        size_t n = c.what.count - c.done < room ? c.what.count - c.done : room;
+        RankArea* mine = comm->area(comm->rank);
+        if (c.phase == 0) {
+            for (int r = 0; r < comm->size; r++)
+                if (comm->area(r)->read.load() < comm->pieces) return false;
+            mine->call = c.what;
+            post_piece(c, n);
+            mine->posted.store(comm->pieces + 1);
+            c.phase = 1;
+        }
+        for (int r = 0; r < comm->size; r++)
+            if (comm->area(r)->posted.load() <= comm->pieces) return false;
+        check_agreement(c);
+        take_piece(c, n);
+        mine->read.store(++comm->pieces);
+        c.phase = 0, c.done += n;
+        emu_pause(true);
+    }
+    return true;
+}
+
+static bool advance_message(Call& c) {
+    size_t bytes = c.what.count * TYPE_BYTES[c.what.type];
+    bool sending = c.what.kind == SEND;
+    PairArea* pair =
+        sending ? c.comm->pair(c.comm->rank, c.what.root) : c.comm->pair(c.what.root, c.comm->rank);
+    while (c.done < bytes) {
+        size_t n = bytes - c.done < PAIR_BYTES ? bytes - c.done : (size_t)PAIR_BYTES;
+        bool full = pair->put.load() != pair->got.load();
+        if (full == sending) return false;
+        if (sending) {
+            pair->bytes = bytes;
+            memcpy(pair->stage, c.send + c.done, n);
+            pair->put.fetch_add(1);
+        } else {
+            if (pair->bytes != bytes)
+                emu_report("ncclSend of %zu bytes from rank %d meets ncclRecv of %zu", pair->bytes,
+                           c.what.root, bytes);
+            memcpy(c.recv + c.done, pair->stage, n);
+            pair->got.fetch_add(1);
+        }
+        c.done += n;
+        emu_pause(true);
+    }
+    return !sending || pair->put.load() == pair->got.load();
+}
+
+// Calls that were made together: collectives one after the other, messages all at once.
+struct Batch {
+    std::vector<Call> calls;
+    std::map<ncclComm_t, unsigned long> tickets;
+    bool begun;
+};
+
+static bool advance(Batch& o) {
+    bool all = true, aborted = false;
+    for (const auto& t : o.tickets) {
+        aborted = aborted || t.first->aborted;
+        if (!o.begun && t.first->served != t.second && !t.first->aborted) return false;
+    }
+    if (!o.begun)
+        for (const Call& c : o.calls) check_buffers(c);
+    o.begun = true;
+    for (Call& c : o.calls) {
+        if (!c.finished && !aborted)
+            c.finished = c.what.kind < SEND ? advance_collective(c) : advance_message(c);
+        all = all && (c.finished || aborted);
+        if (!all && c.what.kind < SEND) break;
+    }
+    if (all)
+        for (const auto& t : o.tickets) t.first->served++;
+    return all;
+}
+
+// What a ring, or a direct send, sends from each rank, in bytes.
+static double bytes_sent(const Call& c) {
+    double bytes = (double)(c.what.count * TYPE_BYTES[c.what.type]), n = c.comm->size;
+    switch (c.what.kind) {
+    case ALL_REDUCE:
+        return 2 * (n - 1) / n * bytes;
+    case REDUCE_SCATTER:
+    case ALL_GATHER:
+        return (n - 1) * bytes;
+    case SEND:
+        return bytes;
+    case RECEIVE:
+        return 0;
+    default:
+        return (n - 1) / n * bytes;
+    }
+}
 
 static int group_depth;
 static ncclResult_t group_error;
 static std::vector<Call> group;
 
-static void check_memory(const char* name, const void* pointer, size_t bytes) {
-    const EmuAllocation* memory = emu_find_allocation(pointer);
-    if (memory == NULL || (size_t)(memory->begin + memory->bytes - (const char*)pointer) < bytes)
-        emu_report("%s: there are no %zu bytes of the device's memory at %p", name, bytes, pointer);
+// A message to the rank itself needs both ends in one group: nobody else would bring the other.
+static ncclResult_t check_own_messages(const std::vector<Call>& calls) {
+    int open = 0;
+    for (const Call& c : calls)
+        if (c.what.kind >= SEND && c.what.root == c.comm->rank) open += c.what.kind == SEND ? 1 : -1;
+    return open == 0 ? ncclSuccess
+                     : refuse(ncclInvalidUsage, "a message to the rank itself has one end; NCCL would hang");
 }
 
-static ncclResult_t copy(const char* name, const void* from, void* to, size_t bytes, cudaStream_t stream) {
-    cudaError_t error = emu_enqueue(stream, [=] {
-        if (bytes == 0) return;
-        check_memory(name, from, bytes);
-        check_memory(name, to, bytes);
-        const char *a = (const char*)from, *b = (const char*)to;
-        if (a != b && a < b + bytes && b < a + bytes) emu_report("%s: its buffers overlap in part", name);
-        memmove(to, from, bytes);
-    });
-    return error == cudaSuccess ? ncclSuccess
-                                : refuse(ncclUnhandledCudaError, "%s", cudaGetErrorString(error));
-}
-
-// What a group does: collectives as they come, the n-th send of a communicator to its n-th receive.
-static ncclResult_t run_group(std::vector<Call> calls) {
-    ncclResult_t result = ncclSuccess;
-    for (size_t i = 0; i < calls.size() && result == ncclSuccess; i++) {
-        Call* call = &calls[i];
-        if (call->comm == NULL) continue; // was the other half of a pair
-        if (call->kind == COLLECTIVE) {
-            result =
-                copy(call->name, call->send, call->recv, call->count * TYPE_BYTES[call->type], call->stream);
-            continue;
-        }
-        size_t k = i + 1;
-        while (k < calls.size() &&
-               (calls[k].comm != call->comm || calls[k].kind + call->kind != SEND + RECEIVE))
-            k++;
-        if (k == calls.size())
-            return refuse(ncclInvalidUsage, "%s: nobody meets it in its group; NCCL would hang", call->name);
-        Call *send = call->kind == SEND ? call : &calls[k], *recv = call->kind == SEND ? &calls[k] : call;
-        if (send->count * TYPE_BYTES[send->type] != recv->count * TYPE_BYTES[recv->type])
-            return refuse(ncclInvalidUsage, "ncclSend of %zu elements meets ncclRecv of %zu", send->count,
-                          recv->count);
-        if (send->stream != recv->stream)
-            return refuse(ncclInvalidUsage, "ncclSend and ncclRecv of one rank are in different streams");
-        result = copy("ncclSend", send->send, recv->recv, send->count * TYPE_BYTES[send->type], send->stream);
-        calls[k].comm = NULL;
-    }
-    return result;
-}
-
-static ncclResult_t check_call(const Call* call, int op, int peer) {
-    ncclResult_t result = check_communicator(call->comm);
+static ncclResult_t run_calls(std::vector<Call> calls) {
+    ncclResult_t result = check_own_messages(calls);
     if (result != ncclSuccess) return result;
-    if (call->comm->finalized)
-        return refuse(ncclInvalidUsage, "%s: the communicator is finalized", call->name);
-    if (call->type < 0 || call->type >= ncclNumTypes)
-        return refuse(ncclInvalidArgument, "%s: data type %d", call->name, (int)call->type);
-    if (op < 0 || op >= ncclNumOps) return refuse(ncclInvalidArgument, "%s: operation %d", call->name, op);
-    if (peer != 0) return refuse(ncclInvalidArgument, "%s: rank %d of 1", call->name, peer);
-    if (call->count > 0 &&
-        ((call->kind != RECEIVE && call->send == NULL) || (call->kind != SEND && call->recv == NULL)))
-        return refuse(ncclInvalidArgument, "%s: a buffer is NULL", call->name);
+    while (!calls.empty()) { // an operation for each stream
+        auto o = std::make_shared<Batch>();
+        std::vector<Call> rest;
+        cudaStream_t stream = calls[0].stream;
+        for (const Call& c : calls) (c.stream == stream ? o->calls : rest).push_back(c);
+        cudaStreamCaptureStatus capture;
+        if (cudaStreamIsCapturing(stream, &capture) == cudaSuccess &&
+            capture != cudaStreamCaptureStatusNone && o->calls[0].comm->size > 1)
+            return refuse(ncclInvalidUsage, "collectives in a graph are not emulated");
+        for (const Call& c : o->calls) {
+            if (o->tickets.count(c.comm) == 0) o->tickets[c.comm] = c.comm->issued++;
+            auto& traffic = c.comm->traffic[c.what.kind];
+            traffic.first++, traffic.second += bytes_sent(c);
+        }
+        cudaError_t error = emu_enqueue_polled(stream, [o] { return advance(*o); });
+        if (error != cudaSuccess) return refuse(ncclUnhandledCudaError, "%s", cudaGetErrorString(error));
+        calls = rest;
+    }
     return ncclSuccess;
 }
 
-static ncclResult_t submit(const Call& call, int op, int peer) {
-    ncclResult_t result = check_call(&call, op, peer);
-    if (group_depth == 0) return result == ncclSuccess ? run_group({call}) : result;
+static ncclResult_t check_call(const Call& c) {
+    ncclResult_t result = check_communicator(c.comm);
+    const char* name = KIND_NAMES[c.what.kind];
+    if (result != ncclSuccess) return result;
+    if (c.comm->finalized) return refuse(ncclInvalidUsage, "%s: the communicator is finalized", name);
+    if (!c.comm->ready()) return refuse(ncclInvalidUsage, "%s: the communicator is not ready yet", name);
+    if (c.what.type < 0 || c.what.type >= ncclNumTypes)
+        return refuse(ncclInvalidArgument, "%s: data type %d", name, c.what.type);
+    if (c.what.op < 0 || c.what.op >= ncclNumOps)
+        return refuse(ncclInvalidArgument, "%s: operation %d", name, c.what.op);
+    if (c.what.root < 0 || c.what.root >= c.comm->size)
+        return refuse(ncclInvalidArgument, "%s: rank %d of %d", name, c.what.root, c.comm->size);
+    if (c.what.count > 0 && ((sends_here(c) && c.send == NULL) || (receives_here(c) && c.recv == NULL)))
+        return refuse(ncclInvalidArgument, "%s: a buffer is NULL", name);
+    return ncclSuccess;
+}
+
+static ncclResult_t submit(Kind kind, const void* send, void* recv, size_t count, ncclDataType_t type, int op,
+                           int root, ncclComm_t comm, cudaStream_t stream) {
+    EmuLock lock;
+    Call call = {{}, (const char*)send, (char*)recv, comm, stream, 0, 0, false};
+    memset((void*)&call.what, 0, sizeof call.what); // signatures are compared as bytes
+    call.what.kind = kind, call.what.type = type, call.what.op = op, call.what.root = root;
+    call.what.count = count;
+    ncclResult_t result = check_call(call);
+    if (group_depth == 0) return result == ncclSuccess ? run_calls({call}) : result;
     if (group_error == ncclSuccess) group_error = result;
     if (result == ncclSuccess) group.push_back(call);
     return result;
@@ -211,39 +591,40 @@ ncclResult_t ncclGroupStart(void) {
     return ncclSuccess;
 }
 ncclResult_t ncclGroupEnd(void) {
+    EmuLock lock;
     if (group_depth == 0) return refuse(ncclInvalidUsage, "ncclGroupEnd without ncclGroupStart");
     if (--group_depth > 0) return ncclSuccess;
     std::vector<Call> calls = std::move(group);
     ncclResult_t result = group_error;
     group.clear(), group_error = ncclSuccess;
-    return result == ncclSuccess ? run_group(std::move(calls)) : result;
+    return result == ncclSuccess ? run_calls(std::move(calls)) : result;
 }
 
 ncclResult_t ncclAllReduce(const void* send, void* recv, size_t count, ncclDataType_t type, ncclRedOp_t op,
                            ncclComm_t comm, cudaStream_t stream) {
-    return submit({COLLECTIVE, "ncclAllReduce", send, recv, count, type, comm, stream}, op, 0);
+    return submit(ALL_REDUCE, send, recv, count, type, op, 0, comm, stream);
 }
 ncclResult_t ncclReduce(const void* send, void* recv, size_t count, ncclDataType_t type, ncclRedOp_t op,
                         int root, ncclComm_t comm, cudaStream_t stream) {
-    return submit({COLLECTIVE, "ncclReduce", send, recv, count, type, comm, stream}, op, root);
+    return submit(REDUCE, send, recv, count, type, op, root, comm, stream);
 }
 ncclResult_t ncclBroadcast(const void* send, void* recv, size_t count, ncclDataType_t type, int root,
                            ncclComm_t comm, cudaStream_t stream) {
-    return submit({COLLECTIVE, "ncclBroadcast", send, recv, count, type, comm, stream}, ncclSum, root);
+    return submit(BROADCAST, send, recv, count, type, ncclSum, root, comm, stream);
 }
 ncclResult_t ncclReduceScatter(const void* send, void* recv, size_t recvcount, ncclDataType_t type,
                                ncclRedOp_t op, ncclComm_t comm, cudaStream_t stream) {
-    return submit({COLLECTIVE, "ncclReduceScatter", send, recv, recvcount, type, comm, stream}, op, 0);
+    return submit(REDUCE_SCATTER, send, recv, recvcount, type, op, 0, comm, stream);
 }
 ncclResult_t ncclAllGather(const void* send, void* recv, size_t sendcount, ncclDataType_t type,
                            ncclComm_t comm, cudaStream_t stream) {
-    return submit({COLLECTIVE, "ncclAllGather", send, recv, sendcount, type, comm, stream}, ncclSum, 0);
+    return submit(ALL_GATHER, send, recv, sendcount, type, ncclSum, 0, comm, stream);
 }
 ncclResult_t ncclSend(const void* send, size_t count, ncclDataType_t type, int peer, ncclComm_t comm,
                       cudaStream_t stream) {
-    return submit({SEND, "ncclSend", send, NULL, count, type, comm, stream}, ncclSum, peer);
+    return submit(SEND, send, NULL, count, type, ncclSum, peer, comm, stream);
 }
 ncclResult_t ncclRecv(void* recv, size_t count, ncclDataType_t type, int peer, ncclComm_t comm,
                       cudaStream_t stream) {
-    return submit({RECEIVE, "ncclRecv", NULL, recv, count, type, comm, stream}, ncclSum, peer);
+    return submit(RECEIVE, NULL, recv, count, type, ncclSum, peer, comm, stream);
 }

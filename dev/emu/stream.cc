@@ -4,14 +4,20 @@
 //
 // The rules: a stream's operations run in order; an operation behind cudaStreamWaitEvent waits for the
 // event's recording; the legacy default stream waits for all blocking streams, and they for it.
+//
+// An operation that needs another process (a collective) is asked again and again until it is done. Meanwhile
+// whatever else can run does, since the other process may wait for that: on a GPU, too, streams are beside
+// each other.
+#include <sched.h>
 #include <time.h>
+#include <unistd.h>
 
 #include <deque>
 
 #include "emu.h" // defines: emu_error, emu_random
 
 struct Operation {
-    std::function<void()> work;                    // empty: only orders others
+    std::function<bool()> work; // false: not done yet, ask again; empty: only orders others
     std::vector<std::shared_ptr<Operation>> after; // in other streams
     bool captured;                                 // part of a graph, and never done by itself
     std::weak_ptr<EmuGraph> capture;               // the recording, while it lasts
@@ -76,13 +82,42 @@ static bool blocked_by(EmuStream* stream, const OperationRef& op, EmuStream** wh
     return false;
 }
 
-static void run_front(EmuStream* stream) {
+// False: it waits for another process.
+static bool run_front(EmuStream* stream) {
     OperationRef op = stream->queue.front();
-    if (op->work) op->work();
+    if (op->work && !op->work()) return false;
     op->done = true;
     op->work = nullptr;
     op->after.clear();
     stream->queue.pop_front();
+    return true;
+}
+
+void emu_pause(bool progress) {
+    static unsigned idle;
+    idle = progress ? 0 : idle + 1;
+    if (idle > 200)
+        usleep(idle > 2000 ? 500 : 50);
+    else if (idle > 0)
+        sched_yield();
+}
+
+// The streams whose first operation may run.
+static std::vector<EmuStream*> able_streams(void) {
+    std::vector<EmuStream*> able;
+    EmuStream* where;
+    OperationRef what;
+    for (EmuStream* s : streams)
+        if (!s->queue.empty() && !blocked_by(s, s->queue.front(), &where, &what)) able.push_back(s);
+    return able;
+}
+
+// Where an operation waits for another process: one of some other stream, if there is any that can run.
+static void run_elsewhere(EmuStream* waiting) {
+    bool progress = false;
+    for (EmuStream* s : able_streams())
+        if (s != waiting && !progress) progress = run_front(s);
+    emu_pause(progress);
 }
 
 // Runs the stream up to and including the operation.
@@ -92,19 +127,15 @@ static void run_until(EmuStream* stream, const OperationRef& last) {
         OperationRef what;
         if (blocked_by(stream, stream->queue.front(), &where, &what))
             run_until(where, what);
-        else
-            run_front(stream);
+        else if (!run_front(stream))
+            run_elsewhere(stream);
     }
 }
 
 // One operation of any stream that can run.
 static void run_any(void) {
-    std::vector<EmuStream*> able;
-    EmuStream* where;
-    OperationRef what;
-    for (EmuStream* s : streams)
-        if (!s->queue.empty() && !blocked_by(s, s->queue.front(), &where, &what)) able.push_back(s);
-    run_front(able[emu_random((unsigned)able.size())]);
+    std::vector<EmuStream*> able = able_streams();
+    emu_pause(run_front(able[emu_random((unsigned)able.size())]));
 }
 
 static void wait_for(EmuStream* stream, const OperationRef& op) {
@@ -148,7 +179,7 @@ cudaError_t emu_forbidden_in_capture(void) {
 }
 
 // Puts an operation behind what the stream has; the result is NULL where the stream does not take it.
-static OperationRef append(EmuStream* stream, std::function<void()> work, cudaError_t* error) {
+static OperationRef append(EmuStream* stream, std::function<bool()> work, cudaError_t* error) {
     EmuStream* capturing = capturing_stream();
     *error = cudaSuccess;
     if (stream == &default_stream && capturing != NULL && capturing->blocking)
@@ -169,13 +200,19 @@ static OperationRef append(EmuStream* stream, std::function<void()> work, cudaEr
     return op;
 }
 
-cudaError_t emu_enqueue(cudaStream_t handle, std::function<void()> work) {
+cudaError_t emu_enqueue_polled(cudaStream_t handle, std::function<bool()> work) {
     EmuLock lock;
     EmuStream* stream = stream_of(handle);
     cudaError_t error;
     if (stream == NULL) return emu_error(cudaErrorInvalidResourceHandle);
     append(stream, std::move(work), &error);
     return error;
+}
+cudaError_t emu_enqueue(cudaStream_t handle, std::function<void()> work) {
+    return emu_enqueue_polled(handle, [work = std::move(work)] {
+        work();
+        return true;
+    });
 }
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t handle, cudaStreamCaptureMode) {
@@ -253,7 +290,7 @@ static void replay(const std::vector<OperationRef>& nodes) {
             if (can && !emu_shuffled()) break;
         }
         size_t next = able[emu_shuffled() ? emu_random((unsigned)able.size()) : 0];
-        if (nodes[next]->work) nodes[next]->work();
+        while (nodes[next]->work && !nodes[next]->work()) emu_pause(false);
         done[next] = true;
     }
 }
@@ -385,7 +422,12 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t handle) {
     cudaError_t error;
     if (event == NULL || stream == NULL) return emu_error(cudaErrorInvalidResourceHandle);
     OperationRef op = append(
-        stream, [time = event->time] { *time = now(); }, &error);
+        stream,
+        [time = event->time] {
+            *time = now();
+            return true;
+        },
+        &error);
     if (op != nullptr) event->recorded = op;
     return error;
 }

@@ -434,7 +434,7 @@ static void test_model_steps(const ModelCase& m) {
                               ? reference32_step(fp32, &run, rows.data(), lr, (uint64_t)step, &fp32_norm)
                               : plain_step(plain, run, rows, lr, step);
         gpt_load_batch(g, rows.data(), G, false, -1);
-        gpt_start_step(g, &run, lr, (uint64_t)step);
+        gpt_start_step(g, &run, lr, (uint64_t)step, false);
         StepResult r = gpt_finish_step(g);
         ours[step] = r.loss;
         norms_agree = norms_agree && r.applied && fabs(r.grad_norm / norm - 1) < 0.02;
@@ -471,7 +471,7 @@ static Outcome two_steps(const RunConfig& run, const Array& weights, int logit_r
         std::vector<int32_t> rows =
             random_rows(run.batch.global_batch_size, MODEL_T, run.model.vocab_size, 50 + (uint64_t)step);
         gpt_load_batch(g, rows.data(), run.batch.global_batch_size, true, 0);
-        gpt_start_step(g, &run, 1e-3, (uint64_t)step);
+        gpt_start_step(g, &run, 1e-3, (uint64_t)step, false);
         o.loss = gpt_finish_step(g).loss;
     }
     gpt_snapshot(g);
@@ -523,7 +523,7 @@ static void test_model_host_copy(const ModelCase& m) {
         size_t n = g->layout.num_parameters, moment = g->moments_bf16 ? 2 : 4;
         std::vector<int32_t> rows = random_rows(MODEL_B, MODEL_T, c.vocab_size, 60);
         gpt_load_batch(g, rows.data(), MODEL_B, false, -1);
-        gpt_start_step(g, &run, 1e-3, 0);
+        gpt_start_step(g, &run, 1e-3, 0, false);
         gpt_finish_step(g);
         std::vector<char> before(n * (sizeof(floatX) + 2 + 2 * moment), 0), after(before);
         auto raw = [&](std::vector<char>& to) {

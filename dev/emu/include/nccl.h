@@ -1,5 +1,5 @@
-// Stands in for NCCL, as far as a program of one process uses it: communicators of one rank, in which every
-// collective is a copy. dev/emu/nccl.cc checks what NCCL checks, and refuses more ranks.
+// Stands in for NCCL between processes of one machine: dev/emu/nccl.cc checks what NCCL checks, and says how
+// reductions are ordered.
 #pragma once
 #include <limits.h>
 #include <stddef.h>

@@ -8,6 +8,7 @@
 #define EMU_ERRORS(X)                                                                                        \
     X(cudaSuccess, 0, "no error")                                                                            \
     X(cudaErrorInvalidValue, 1, "invalid argument")                                                          \
+    X(cudaErrorInvalidPitchValue, 12, "invalid pitch argument")                                              \
     X(cudaErrorMemoryAllocation, 2, "out of memory")                                                         \
     X(cudaErrorInitializationError, 3, "initialization error")                                               \
     X(cudaErrorInvalidConfiguration, 9, "invalid configuration argument")                                    \
@@ -116,6 +117,8 @@ cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total_bytes);
 cudaError_t cudaMemcpy(void* dst, const void* src, size_t bytes, cudaMemcpyKind kind);
 cudaError_t cudaMemcpyAsync(void* dst, const void* src, size_t bytes, cudaMemcpyKind kind,
                             cudaStream_t stream = 0);
+cudaError_t cudaMemcpy2DAsync(void* dst, size_t dst_pitch, const void* src, size_t src_pitch, size_t width,
+                              size_t height, cudaMemcpyKind kind, cudaStream_t stream = 0);
 cudaError_t cudaMemset(void* pointer, int value, size_t bytes);
 cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t stream = 0);
 
