@@ -31,14 +31,17 @@ static inline BucketTable bucket_table(const ModelConfig* whole, const Layout* l
     BucketTable table;
     ModelConfig all = model_part(whole, l);
     all.num_hidden_layers = whole->num_hidden_layers;
-    int L = whole->num_hidden_layers, b = layer + 1;
+    int L = whole->num_hidden_layers, b = layer + 1,
+        here = b == 0      ? BEFORE_LAYERS
+               : layer < L ? PER_LAYER
+                           : AFTER_LAYERS;
     ParameterLayout mine = parameter_layout_of(&all, has_embedding(l), has_head(l), 1);
     ParameterLayout p = parameter_layout_of(&all, true, true, 1);
     memset(&table, 0, sizeof table);
     table.index = parameter_bucket(&p, L, b).begin;
     for (int i = 0; i < NUM_TENSORS; i++) {
         TensorPart parts[3];
-        if (tensor_bucket((enum TensorId)i, layer, L) != b || mine.size[i] == 0) continue;
+        if ((int)tensor_table[i].place != here || mine.size[i] == 0) continue;
         table.begin[i] = tensor_offset(&mine, (enum TensorId)i, layer) - parameter_bucket(&mine, L, b).begin;
         table.end[i] = table.begin[i] + mine.size[i];
         table.decay[i] = tensor_table[i].decay;

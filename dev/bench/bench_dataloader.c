@@ -64,7 +64,7 @@ static double prefetch_seconds(const DataLoader* loader, uint64_t rows) {
         Prefetch prefetch;
         Error err = {0};
         double start = seconds_now();
-        must(prefetch_start(&prefetch, loader, 0, BATCH, 0, BATCH, 4, &err), &err);
+        must(prefetch_start(&prefetch, loader, 0, BATCH, BATCH, 0, 1, 4, &err), &err);
         for (uint64_t g = 0; g < rows; g += BATCH) must(prefetch_next(&prefetch, &err) != NULL, &err);
         prefetch_stop(&prefetch);
         best = seconds_now() - start < best ? seconds_now() - start : best;

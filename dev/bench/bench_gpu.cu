@@ -165,7 +165,7 @@ static void bench_kernels(int C, int norm, int activation) {
 static void bench_embedding_and_rope(int C) {
     const int T = 1024, B = 32, N = B * T, V = 50257, NH = C / 64;
     size_t NC = (size_t)N * (size_t)C;
-    std::vector<int> tokens((size_t)N), order((size_t)N), counts((size_t)V + 1);
+    std::vector<int> tokens((size_t)N), order((size_t)N), counts((size_t)V + 2);
     for (size_t i = 0; i < tokens.size(); i++) // Zipf-like, as text is
         tokens[i] = (int)(pow(V, random_uniform(1, RANDOM_DATA, 0, i)) - 1);
     token_order(order.data(), tokens.data(), N, V, counts.data());

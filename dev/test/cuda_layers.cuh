@@ -190,7 +190,7 @@ template <typename Grad>
 static void test_embedding(int B, int T, int C, int V, bool positions, bool one_token) {
     int N = B * T;
     size_t n = (size_t)N * (size_t)C, table = (size_t)V * (size_t)C, places = (size_t)(T + 3) * (size_t)C;
-    std::vector<int> tokens((size_t)N), order((size_t)N), counts((size_t)V + 1);
+    std::vector<int> tokens((size_t)N), order((size_t)N), counts((size_t)V + 2);
     for (size_t i = 0; i < tokens.size(); i++)
         tokens[i] = one_token ? V - 1 : (int)(random_bits(5, RANDOM_DATA, 0, i).x[0] % (uint32_t)V);
     token_order(order.data(), tokens.data(), N, V, counts.data());
@@ -238,7 +238,7 @@ static void test_embedding(int B, int T, int C, int V, bool positions, bool one_
 
 static void test_token_order(void) {
     const int tokens[] = {3, 0, 3, 2, 0, 3}, expected[] = {1, 4, 3, 0, 2, 5};
-    int order[6], counts[6];
+    int order[6], counts[7];
     token_order(order, tokens, 6, 5, counts);
     tap_check(memcmp(order, expected, sizeof order) == 0, "token_order sorts, and keeps the order of equals");
 }
@@ -358,8 +358,8 @@ static void test_classifier(int N, int V, double spread, double scale) {
     floatX *logits = to_device<floatX>(x, n), *untouched = to_device<floatX>(x, n),
            *before = to_device<floatX>(x, n);
     float *dev_losses = poisoned_device<float>((size_t)N), *only_losses = poisoned_device<float>((size_t)N);
-    classifier(dev_losses, logits, dev_targets, (float)scale, N, V, Vp, true, test_stream);
-    classifier(only_losses, untouched, dev_targets, (float)scale, N, V, Vp, false, test_stream);
+    classifier(dev_losses, logits, dev_targets, NULL, 1, 0, (float)scale, N, V, Vp, true, test_stream);
+    classifier(only_losses, untouched, dev_targets, NULL, 1, 0, (float)scale, N, V, Vp, false, test_stream);
     char name[100];
     snprintf(name, sizeof name, "classifier N=%d V=%d, logits to %g", N, V, spread);
     judge((std::string(name) + ": losses").c_str(), to_host(dev_losses, (size_t)N), plain_losses, losses,

@@ -79,7 +79,6 @@ template <typename Grad, typename Moment> struct OptimizerState {
     Grad* grads;
     Moment *m, *v;
     StepControl* control;
-    double* partials;
 };
 
 // split: fp32 master weights in two halves
@@ -95,13 +94,21 @@ static OptimizerState<Grad, Moment> optimizer_state(const double* weights, size_
     s.grads = to_device<Grad>(zeros.data(), n);
     s.m = to_device<Moment>(zeros.data(), n), s.v = to_device<Moment>(zeros.data(), n);
     s.control = own_device<StepControl>(1);
-    s.partials = poisoned_device<double>(NORM_PARTIALS);
     return s;
 }
 
 template <typename Grad> static void set_gradients(Grad* grads, const double* values, size_t n) {
     Grad* fresh = to_device<Grad>(values, n);
     CUDA_CHECK(cudaMemcpy(grads, fresh, n * sizeof(Grad), cudaMemcpyDeviceToDevice));
+}
+
+template <typename F> static void for_buckets(const OptimizerModel& model, F f) {
+    const Layout alone = layout_single();
+    int L = model.config.num_hidden_layers;
+    for (int b = 0; b < L + 2; b++) {
+        BucketTable table = bucket_table(&model.config, &alone, b - 1);
+        f(parameter_bucket(&model.layout, L, b), &table);
+    }
 }
 
 // One update as the trainer makes it; returns what the step reports.
@@ -112,13 +119,22 @@ static StepControl optimizer_step(const OptimizerModel& model, OptimizerState<Gr
     float* losses = own_device<float>(3);
     const float three[] = {loss, 2, 3};
     CUDA_CHECK(cudaMemcpy(losses, three, sizeof three, cudaMemcpyHostToDevice));
-    step_control_begin(s.control, lr, applied, 0);
-    add_sum(&s.control->loss_sum, losses, 3, 0);
-    add_sum(&s.control->loss_sum, losses, 3, 0); // two micro-batches
-    global_norm_squared(s.partials, s.grads, model.n, 0);
-    update_control(s.control, s.partials, global_norm_parts<Grad>(model.n), 6, run.optimizer.grad_clip,
-                   run.optimizer.beta1, run.optimizer.beta2, 0);
-    adamw_update(s.weights, s.remainder, s.grads, s.m, s.v, &model.layout, &run, s.control, 0);
+    step_control_begin(s.control, lr, applied, false, 0);
+    add_sum(&s.control->sums.loss, losses, 3, 0);
+    add_sum(&s.control->sums.loss, losses, 3, 0); // two micro-batches
+    for_buckets(model, [&](Bucket b, const BucketTable* table) {
+        global_norm_squared(&s.control->sums.norm_squared, s.grads + b.begin, b.size, 0, table, 0);
+    });
+    update_control(s.control, 6, run.optimizer.grad_clip, run.optimizer.beta1, run.optimizer.beta2, 0);
+    for_buckets(model, [&](Bucket b, const BucketTable* table) { // in two slices, as two ranks would
+        size_t half = b.size / 16 * 8, at = b.begin;
+        for (size_t first = 0; first < b.size; first = first == 0 ? half : b.size) {
+            size_t i = at + first, size = first == 0 && half > 0 ? half : b.size - first;
+            adamw_update(s.weights + i, s.remainder != NULL ? s.remainder + i : NULL, s.grads + i, s.m + i,
+                         s.v + i, size, first, table, &run, s.control, 0);
+            if (half == 0) break;
+        }
+    });
     CUDA_CHECK(cudaDeviceSynchronize());
     CUDA_CHECK(cudaMemcpy(&control, s.control, sizeof control, cudaMemcpyDeviceToHost));
     return control;
@@ -345,23 +361,54 @@ template <typename Grad, typename Moment> static void test_drift(bool split) {
 // ----------------------------------------------------------------------------
 // sums
 
-// More elements than the kernel has threads, and not a multiple of what a block takes; all of its parts.
+// One bucket of one tensor, all of which counts.
+static BucketTable plain_table(size_t n) {
+    BucketTable table = {};
+    table.end[0] = n;
+    return table;
+}
+
+// More elements than the kernel has warps, and not a multiple of what one takes. However they are cut into slices,
+// the same bits; and what another rank counts is left out.
 template <typename Grad> static void test_norm_squared(void) {
-    const size_t n = (size_t)NORM_PARTIALS * NORM_THREADS * Vec<Grad>::SIZE + 8 * 37;
-    double *x = random_values(n, 1), *partials[2], expected = sqrt(cpu::global_norm_squared(x, n));
+    const size_t n = (size_t)NORM_BLOCKS * (NORM_THREADS / WARP) * SLICE_ALIGN + 8 * 37;
+    double *x = random_values(n, 1), expected = sqrt(cpu::global_norm_squared(x, n));
     Grad* grads = to_device<Grad>(x, n);
-    StepControl *device = own_device<StepControl>(1), control;
-    for (int run = 0; run < 2; run++) {
-        partials[run] = poisoned_device<double>(NORM_PARTIALS);
-        global_norm_squared(partials[run], grads, n, 0);
-        step_control_begin(device, 1, 0, 0);
-        update_control(device, partials[run], global_norm_parts<Grad>(n), 1, 0, 0.9, 0.95, 0);
+    BucketTable table = plain_table(n);
+    ExactSum sums[3];
+    for (int run = 0; run < 3; run++) {
+        ExactSum* sum = own_device<ExactSum>(1);
+        CUDA_CHECK(cudaMemset(sum, 0, sizeof *sum));
+        size_t slice = run == 0 ? n : run == 1 ? SLICE_ALIGN : 300 * SLICE_ALIGN;
+        if (run == 1) slice *= 4096; // a few launches, each less than the card holds
+        for (size_t at = 0; at < n; at += slice)
+            global_norm_squared(sum, grads + at, n - at < slice ? n - at : slice, at, &table, 0);
+        CUDA_CHECK(cudaDeviceSynchronize());
+        CUDA_CHECK(cudaMemcpy(&sums[run], sum, sizeof *sum, cudaMemcpyDeviceToHost));
     }
+    tap_check(fabs(sqrt(exact_value(&sums[0])) / expected - 1) < 1e-12,
+              "the norm of %zu numbers in %zu bytes each", n, sizeof(Grad));
+    tap_check(memcmp(&sums[0], &sums[1], sizeof sums[0]) == 0 &&
+                  memcmp(&sums[0], &sums[2], sizeof sums[0]) == 0,
+              "in slices of any size the same bits");
+    release_all();
+}
+
+static void test_norm_of_some(void) {
+    const size_t n = 3 * SLICE_ALIGN;
+    Array x(n, 1);
+    BucketTable table = plain_table(n);
+    ExactSum* sum = own_device<ExactSum>(1);
+    CUDA_CHECK(cudaMemset(sum, 0, sizeof *sum));
+    table.skip[3] = SLICE_ALIGN + 16, table.skip_end[3] = 2 * SLICE_ALIGN + 8;
+    float* grads = to_device<float>(x.data(), n);
+    for (size_t at = 0; at < n; at += SLICE_ALIGN)
+        global_norm_squared(sum, grads + at, SLICE_ALIGN, at, &table, 0);
+    ExactSum host;
     CUDA_CHECK(cudaDeviceSynchronize());
-    CUDA_CHECK(cudaMemcpy(&control, device, sizeof control, cudaMemcpyDeviceToHost));
-    tap_check(fabs(control.grad_norm / expected - 1) < 1e-12 &&
-                  same_bits(partials[0], partials[1], NORM_PARTIALS),
-              "the norm of %zu numbers in %zu bytes each, twice the same bits", n, sizeof(Grad));
+    CUDA_CHECK(cudaMemcpy(&host, sum, sizeof host, cudaMemcpyDeviceToHost));
+    tap_check(exact_value(&host) == (double)(n - SLICE_ALIGN + 8),
+              "what another rank counts is not counted: %g", exact_value(&host));
     release_all();
 }
 
@@ -370,24 +417,29 @@ static void test_sum_of_losses(void) {
     const size_t n = 2500;
     Array x(n);
     double begin = 0.5, expected = begin;
+    ExactSum host = {};
     for (size_t i = 0; i < n; i++) x[i] = 1 + (double)i * 0x1p-20, expected += x[i];
-    double* sum = own_device<double>(1);
-    CUDA_CHECK(cudaMemcpy(sum, &begin, sizeof begin, cudaMemcpyHostToDevice));
+    exact_add(&host, begin);
+    ExactSum* sum = own_device<ExactSum>(1);
+    CUDA_CHECK(cudaMemcpy(sum, &host, sizeof host, cudaMemcpyHostToDevice));
     add_sum(sum, to_device<float>(x.data(), n), (int)n, 0);
-    tap_check(to_host(sum, 1)[0] == expected, "the sum of %zu losses is exact, and added", n);
+    CUDA_CHECK(cudaDeviceSynchronize());
+    CUDA_CHECK(cudaMemcpy(&host, sum, sizeof host, cudaMemcpyDeviceToHost));
+    tap_check(exact_value(&host) == expected, "the sum of %zu losses is exact, and added", n);
     release_all();
 }
 
 static void test_norm_of_extremes(void) {
     const size_t n = 8 * 4001;
     Array x(n, 0);
-    double* partials = poisoned_device<double>(NORM_PARTIALS);
+    BucketTable table = plain_table(n);
     auto norm = [&](float* grads) {
-        global_norm_squared(partials, grads, n, 0);
-        int parts = global_norm_parts<float>(n);
-        double *host = to_host(partials, (size_t)parts), sum = 0;
-        for (int i = 0; i < parts; i++) sum += host[i];
-        return sqrt(sum);
+        ExactSum host = {}, *sum = own_device<ExactSum>(1);
+        CUDA_CHECK(cudaMemcpy(sum, &host, sizeof host, cudaMemcpyHostToDevice));
+        global_norm_squared(sum, grads, n, 0, &table, 0);
+        CUDA_CHECK(cudaDeviceSynchronize());
+        CUDA_CHECK(cudaMemcpy(&host, sum, sizeof host, cudaMemcpyDeviceToHost));
+        return sqrt(exact_value(&host));
     };
     tap_check(norm(to_device<float>(x.data(), n)) == 0, "the norm of zeros is zero");
     x[n - 1] = 3e38, x[0] = 3e38;
@@ -404,6 +456,7 @@ static void test_optimizer(void) {
     test_split_float();
     test_stochastic_rounding();
     test_sum_of_losses();
+    test_norm_of_some();
     test_norm_of_extremes();
     test_norm_squared<float>();
     test_adamw<float>("gpt2", true, 1);

@@ -45,7 +45,8 @@ static TrainState state_of(uint64_t step) {
 }
 
 static CheckpointData data_of(Weights* w, uint64_t step) {
-    CheckpointData d = {&model, w->params, w->m, w->v, state_of(step), "{\n  \"seed\": 1\n}\n", NULL};
+    CheckpointData d = {&model, w->params, w->m, w->v, state_of(step), "{\n  \"seed\": 1\n}\n",
+                        NULL,   0,         0,    NULL};
     return d;
 }
 

@@ -555,7 +555,7 @@ static void set_odd_knob(RunConfig* r, const Knob* k, int i) {
     void* field = (char*)r + k->offset;
     switch (k->type) {
     case KNOB_INT:
-        *(int*)field = 100 + i;
+        *(int*)field = k->max < 1000 ? (int)k->max : 100 + i;
         return;
     case KNOB_U64:
         *(uint64_t*)field = (uint64_t)SEED_MAX - (uint64_t)i;
@@ -570,7 +570,7 @@ static void set_odd_knob(RunConfig* r, const Knob* k, int i) {
         snprintf(field, CONFIG_TEXT, "%d \"\\/\n\t\x01\x7f \u00e9", i);
         return;
     case KNOB_CHOICE:
-        *(int*)field = 1;
+        *(int*)field = k->choices[0] == 'a' && strchr(k->choices, '1') != NULL ? 2 : 1; // not the default
         return;
     case KNOB_SOURCES:
         for (int s = 0; s < MAX_DATA_SOURCES; s++) {
@@ -593,6 +593,7 @@ static void resolved_configs_read_back(void** state) {
     for (int i = 0; i < NUM_KNOBS; i++) set_odd_knob(&odd, &knobs[i], i);
     odd.batch.global_batch_size = 3 * odd.batch.micro_batch_size; // what the rules between knobs want
     odd.schedule.warmup_steps = 7;
+    odd.layout = layout_single();
     odd.checkpoint.permanent_every = 2 * odd.checkpoint.every;
     String text = {NULL, 0, 0};
     config_write_json(&odd, &text);

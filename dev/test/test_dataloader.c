@@ -225,15 +225,18 @@ static void test_ranks_share_one_order(void** state) {
         for (int rank = 0; rank < ranks; rank++) {
             Prefetch prefetch;
             Error err = {0};
-            int rows = BATCH / ranks;
-            const uint64_t first_step = 3; // as a resume does
-            assert_true(prefetch_start(&prefetch, &loader, first_step * BATCH, BATCH, (uint64_t)(rank * rows),
-                                       rows, 1 + rank, &err));
+            int micro = BATCH / 4, rows = BATCH / ranks; // four micro-batches, which ranks take in turn
+            const uint64_t first_step = 3;               // as a resume does
+            assert_true(prefetch_start(&prefetch, &loader, first_step * BATCH, BATCH, micro, rank, ranks,
+                                       1 + rank, &err));
             for (uint64_t step = first_step; step < STEPS; step++) {
                 const int32_t* batch = prefetch_next(&prefetch, &err);
                 assert_non_null(batch);
-                assert_memory_equal(batch, alone + (step * BATCH + (uint64_t)(rank * rows)) * (T + 1),
-                                    (size_t)rows * (T + 1) * sizeof *batch);
+                for (int m = 0; m < rows / micro; m++)
+                    assert_memory_equal(batch + m * micro * (T + 1),
+                                        alone +
+                                            (step * BATCH + (uint64_t)((m * ranks + rank) * micro)) * (T + 1),
+                                        (size_t)micro * (T + 1) * sizeof *batch);
             }
             prefetch_stop(&prefetch);
         }
@@ -307,7 +310,7 @@ static void test_bad_token_is_named(void** state) {
             // and from the background thread: the rows before it, then the error, again and again
             Prefetch prefetch;
             Error err = {0};
-            assert_true(prefetch_start(&prefetch, &loader, 0, 1, 0, 1, 2, &err));
+            assert_true(prefetch_start(&prefetch, &loader, 0, 1, 1, 0, 1, 2, &err));
             for (uint64_t g = 0; place > g * T + T; g++) assert_non_null(prefetch_next(&prefetch, &err));
             assert_null(prefetch_next(&prefetch, &err));
             assert_null(prefetch_next(&prefetch, &err));
@@ -471,7 +474,7 @@ static void test_prefetch_stops_at_any_time(void** state) {
     for (int taken = 0; taken < 20; taken++) {
         Prefetch prefetch;
         Error err = {0};
-        assert_true(prefetch_start(&prefetch, &loader, 0, 4, 0, 4, 1 + taken % 3, &err));
+        assert_true(prefetch_start(&prefetch, &loader, 0, 4, 4, 0, 1, 1 + taken % 3, &err));
         for (int i = 0; i < taken; i++) assert_non_null(prefetch_next(&prefetch, &err));
         prefetch_stop(&prefetch);
     }
@@ -479,7 +482,7 @@ static void test_prefetch_stops_at_any_time(void** state) {
     Prefetch prefetch;
     Error err = {0};
     int32_t copy[4 * (T + 1)];
-    assert_true(prefetch_start(&prefetch, &loader, 0, 4, 0, 4, 2, &err));
+    assert_true(prefetch_start(&prefetch, &loader, 0, 4, 4, 0, 1, 2, &err));
     for (int i = 0; i < 50; i++) {
         const int32_t* batch = prefetch_next(&prefetch, &err);
         memcpy(copy, batch, sizeof copy);

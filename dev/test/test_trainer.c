@@ -92,11 +92,16 @@ void gpt_free(GPT* g) {
     memset(g, 0, sizeof *g);
 }
 
-void gpt_init_weights(GPT* g, uint64_t seed) { g->device[0] = (float)seed; }
+void gpt_choose_device(int local_rank) { (void)local_rank; }
+bool gpt_connect(GPT* g, Control* control, Error* err) {
+    (void)g, (void)control, (void)err;
+    return true;
+}
 
 HostState gpt_host_state(GPT* g) {
     if (g->host.params == NULL) g->host.params = malloc_check(3 * g->count * sizeof(float));
     g->host.m = g->host.params + g->count, g->host.v = g->host.m + g->count;
+    g->host.end = g->count;
     return g->host;
 }
 
@@ -123,13 +128,14 @@ void gpt_load_batch(GPT* g, const int32_t* rows, int num_rows, bool document_mas
     g->rows = rows;
 }
 
-void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_steps) {
-    (void)run, (void)lr;
+void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_steps, bool stop) {
+    (void)lr, (void)stop;
     assert_true(!g->running && g->rows != NULL && world.steps + 1 < STEPS_RECORDED);
     world.lines_at_start[world.steps] = step_lines();
     world.first_token[world.steps] = g->rows[0];
     world.applied_steps[world.steps] = applied_steps;
     world.started_while_writing += __atomic_load_n(&g->writing, __ATOMIC_SEQ_CST);
+    if (applied_steps == 0) g->device[0] = (float)run->seed; // a number that is easy to follow
     g->device[0] = 31 * g->device[0] + (float)g->rows[0];
     g->device[0] -= 4096 * floorf(g->device[0] / 4096);
     g->device[3 * g->count - 1] += 1;

@@ -71,7 +71,7 @@ static inline void weights_fill(Weights* w, uint64_t seed) {
             parts[k][i] = (float)random_uniform(seed, RANDOM_INIT, (uint64_t)k, i) - 0.5f;
             if (i % 97 == 13) memcpy(&parts[k][i], &odd_bits[i / 97 % 4], 4);
         }
-        zero_vocabulary_padding(&w->model, parts[k]);
+        zero_vocabulary_padding(&w->model, parts[k], 0, w->count);
     }
 }
 
