@@ -827,7 +827,7 @@ static void block_recompute(GPT* g, const Pass* pass, int l, int B) {
     LayerActivations* a = activations_of(pass, l);
     Norm norm = norm_before(g, pass, l);
     int N = B * g->T;
-    if (l == pass->end - 1 && g->place.pp_size == 1) return; // it was the last to write what all layers share
+    if (l == pass->end - 1 && g->num_slots == 1) return; // it was the last to write what all layers share
     if (g->recompute == RECOMPUTE_BLOCK) {
         norm_forward(norm.out, norm.mean, norm.rstd, residual_into(pass, l), norm.weight, norm.bias,
                      N / g->place.tp_size, c->hidden_size, (float)c->norm_eps, c->family->norm, g->stream);

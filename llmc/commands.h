@@ -4,6 +4,7 @@
 #include "llmc/fit.h"             // defines: check_memory
 #include "llmc/layout_resolve.h"  // defines: layout_resolve
 #include "llmc/train_loop.h"      // defines: Trainer, train_loop, evaluate, generate
+#include "llmc/verify.h"          // defines: verify_layouts
 
 #include <omp.h>
 
@@ -201,6 +202,12 @@ static inline bool command_plan(Trainer* t, const char* argument, Error* err) {
     return true;
 }
 
+static inline bool command_verify(Trainer* t, const char* argument, Error* err) {
+    char work[PATH_MAX];
+    return need_one_process(t, "verify", err) && path_join(work, t->run.log.run_dir, "verify", err) &&
+           verify_layouts(&t->run, argument, work, err);
+}
+
 // ----------------------------------------------------------------------------
 // the command line
 
@@ -217,6 +224,8 @@ static const Command commands[] = {
     {"eval", command_eval, NULL, "loss, perplexity and bits per byte on data.validation, as JSON"},
     {"sample", command_sample, NULL, "generate text from sample.prompt"},
     {"export", command_export, "OUT_DIR", "write a Hugging Face model directory"},
+    {"verify", command_verify, "LAYOUTS",
+     "compare layouts (dp2,tp2pp2z1,...) of a shrunk copy with one process"},
 };
 enum { NUM_COMMANDS = sizeof commands / sizeof commands[0] };
 

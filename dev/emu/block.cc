@@ -106,7 +106,9 @@ unsigned emu_lane(void) { return b.current % WARP; }
 
 void emu_report(const char* format, ...) {
     va_list arguments;
+    static char text[4096]; // in one piece: other ranks may report, too
     fflush(stdout);
+    setvbuf(stderr, text, _IOFBF, sizeof text);
     fprintf(stderr, "emu: ");
     if (b.launch != NULL)
         fprintf(stderr, "kernel %s, block (%u, %u, %u), thread (%u, %u, %u): ", b.launch->name, blockIdx.x,

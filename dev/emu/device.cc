@@ -206,6 +206,7 @@ static cudaError_t launch_error(const EmuLaunch& launch) {
 }
 
 bool emu_launchable(const EmuLaunch& launch) {
+    EmuLock lock; // another thread may be running a kernel
     if (emu_in_kernel()) emu_report("launches %s: a kernel cannot", launch.name);
     return emu_need_device() == cudaSuccess && emu_error(launch_error(launch)) == cudaSuccess;
 }

@@ -18,8 +18,11 @@ enum { EMU_EXIT = 97 };
 // its thread; a kernel's fibers never leave it.
 
 extern std::recursive_mutex emu_mutex;
+extern unsigned emu_lock_depth; // how often its thread holds it
 struct EmuLock {
-    std::lock_guard<std::recursive_mutex> guard{emu_mutex};
+    EmuLock() { emu_mutex.lock(), emu_lock_depth++; }
+    ~EmuLock() { emu_lock_depth--, emu_mutex.unlock(); }
+    EmuLock(const EmuLock&) = delete;
 };
 
 // ----------------------------------------------------------------------------
@@ -94,6 +97,8 @@ cudaError_t emu_enqueue_polled(cudaStream_t stream, std::function<bool()> work);
 // Between two attempts at something that another process must do first: gives up the processor, for longer and
 // longer while there is no progress.
 void emu_pause(bool progress);
+// The same for a call that waits: without progress, other threads get the lock meanwhile. Not inside of work.
+void emu_pause_unlocked(bool progress);
 // Waits for everything in every stream.
 void emu_drain(void);
 // The error of a call that a capture forbids; cudaSuccess where nothing is being captured. Ends the capture.

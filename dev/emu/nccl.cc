@@ -2,7 +2,8 @@
 // ncclGetLastError says why; where NCCL would hang, so does this: a rank that was killed is waited for.
 //
 //     EMU_NCCL_DETECT=1      ncclCommGetAsyncError says ncclRemoteError once a rank of the communicator is gone
-//     EMU_NCCL_TRAFFIC=path  at exit, path.RANK lists calls and bytes of each communicator and operation
+//     EMU_NCCL_TRAFFIC=path  path.RANK lists calls and bytes of each communicator that ended, by operation
+//     EMU_NCCL_TOKEN=word    begins the names in /dev/shm; dev/emu/launch removes what a killed rank left there
 //
 // Reductions take place in the element type: ((rank 0 + rank 1) + rank 2) + ..., rounded at every addition; the
 // average divides the sum once. Operations of a communicator run in the order of their calls, whatever streams
@@ -78,6 +79,7 @@ struct ncclComm {
 };
 
 static std::set<ncclComm_t> communicators;
+static auto& given_up = *new std::vector<ncclComm_t>; // aborted: what still lies in streams asks them
 static char last_error[256];
 static FILE* traffic_file;
 
@@ -127,9 +129,17 @@ ncclResult_t ncclGetUniqueId(ncclUniqueId* id) {
     if (random != NULL) fclose(random);
     if (!ok) return refuse(ncclSystemError, "no random numbers");
     memset(id, 0, sizeof *id);
-    int n = snprintf(id->internal, sizeof id->internal, "/emu_nccl_");
+    const char* token = getenv("EMU_NCCL_TOKEN");
+    int n = snprintf(id->internal, sizeof id->internal, "/emu_nccl_%.40s_", token != NULL ? token : "");
     for (unsigned char byte : bytes) n += snprintf(id->internal + n, 3, "%02x", byte);
     return ncclSuccess;
+}
+
+// False if another thread aborted the communicator meanwhile.
+static bool wait_until(ncclComm_t comm, const std::function<bool()>& condition) {
+    while (!comm->aborted && !condition()) emu_pause_unlocked(false);
+    emu_pause(true);
+    return !comm->aborted;
 }
 
 // The segment of a communicator: of this process alone, or the same for all that know the name.
@@ -169,8 +179,7 @@ ncclResult_t ncclCommInitRankConfig(ncclComm_t* result, int nranks, ncclUniqueId
     *result = comm;
     if (comm->header()->joined.fetch_add(1) == nranks - 1 && nranks > 1) shm_unlink(comm->name.c_str());
     if (config != NULL && config->blocking == 0) return comm->ready() ? ncclSuccess : ncclInProgress;
-    while (!comm->ready()) emu_pause(false);
-    emu_pause(true);
+    if (!wait_until(comm, [=] { return comm->ready(); })) return refuse(ncclInvalidUsage, "aborted");
     return ncclSuccess;
 }
 ncclResult_t ncclCommInitRank(ncclComm_t* comm, int nranks, ncclUniqueId id, int rank) {
@@ -185,26 +194,28 @@ ncclResult_t ncclCommSplit(ncclComm_t comm, int color, int key, ncclComm_t* newc
     RankArea* mine = comm->area(comm->rank);
     unsigned long now = ++comm->splits;
     for (int r = 0; r < comm->size; r++)
-        while (comm->area(r)->split_read.load() < now - 1) emu_pause(false);
+        if (!wait_until(comm, [=] { return comm->area(r)->split_read.load() >= now - 1; }))
+            return refuse(ncclInvalidUsage, "aborted");
     mine->color = color, mine->key = key;
     mine->split.store(now);
     int rank = 0, size = 0;
     for (int r = 0; r < comm->size; r++) {
         RankArea* other = comm->area(r);
-        while (other->split.load() < now) emu_pause(false);
+        if (!wait_until(comm, [=] { return other->split.load() >= now; }))
+            return refuse(ncclInvalidUsage, "aborted");
         if (other->color != color) continue;
         size++;
         if (other->key < key || (other->key == key && r < comm->rank)) rank++;
     }
     mine->split_read.store(now);
-    emu_pause(true);
     *newcomm = NULL;
     if (color == NCCL_SPLIT_NOCOLOR) return ncclSuccess;
     ncclUniqueId id;
     memset(&id, 0, sizeof id);
     size_t hash =
         std::hash<std::string>()(comm->name + " " + std::to_string(now) + " " + std::to_string(color));
-    snprintf(id.internal, sizeof id.internal, "/emu_nccl_%016zx", hash);
+    snprintf(id.internal, sizeof id.internal, "%.*s%016zx", (int)comm->name.rfind('_') + 1,
+             comm->name.c_str(), hash);
     return ncclCommInitRankConfig(newcomm, size, id, rank, config);
 }
 
@@ -236,17 +247,26 @@ static ncclResult_t remove_communicator(ncclComm_t comm, bool abort) {
     ncclResult_t result = check_communicator(comm);
     if (result != ncclSuccess) return result;
     comm->aborted = abort;
-    emu_drain(); // what it still has to do, or gives up
+    if (!abort) {
+        emu_drain();
+        result = check_communicator(comm); // another thread may have aborted it
+        if (result != ncclSuccess) return result;
+        comm->header()->pid[comm->rank].store(-1); // from here on it may end without being missed
+    }
     count_traffic(comm);
     communicators.erase(comm);
     munmap(comm->segment, comm->segment_bytes);
-    delete comm;
+    if (abort)
+        given_up.push_back(comm); // waits for nothing: other communicators may have lost the same rank
+    else
+        delete comm;
     return ncclSuccess;
 }
 ncclResult_t ncclCommAbort(ncclComm_t comm) { return remove_communicator(comm, true); }
 ncclResult_t ncclCommDestroy(ncclComm_t comm) { return remove_communicator(comm, false); }
 
 static ncclResult_t answer(ncclComm_t comm, int* out, int ncclComm::*value) {
+    EmuLock lock;
     ncclResult_t result = check_communicator(comm);
     if (result == ncclSuccess) *out = comm->*value;
     return result;
@@ -258,13 +278,14 @@ ncclResult_t ncclCommCuDevice(ncclComm_t comm, int* device) {
 }
 
 ncclResult_t ncclCommGetAsyncError(ncclComm_t comm, ncclResult_t* error) {
+    EmuLock lock;
     ncclResult_t result = check_communicator(comm);
     if (result != ncclSuccess) return result;
     *error = comm->ready() ? ncclSuccess : ncclInProgress;
     if (getenv("EMU_NCCL_DETECT") == NULL) return ncclSuccess;
     for (int r = 0; r < comm->size; r++) {
         int pid = comm->header()->pid[r].load();
-        if (pid != 0 && kill(pid, 0) != 0) *error = ncclRemoteError;
+        if (pid > 0 && kill(pid, 0) != 0) *error = ncclRemoteError;
     }
     return ncclSuccess;
 }
@@ -462,8 +483,8 @@ static bool advance_message(Call& c) {
             pair->put.fetch_add(1);
         } else {
             if (pair->bytes != bytes)
-                emu_report("ncclSend of %zu bytes from rank %d meets ncclRecv of %zu", pair->bytes,
-                           c.what.root, bytes);
+                emu_report("ncclSend of %zu bytes from rank %d meets ncclRecv of %zu in rank %d", pair->bytes,
+                           c.what.root, bytes, c.comm->rank);
             memcpy(c.recv + c.done, pair->stage, n);
             pair->got.fetch_add(1);
         }
@@ -473,12 +494,25 @@ static bool advance_message(Call& c) {
     return !sending || pair->put.load() == pair->got.load();
 }
 
-// Calls that were made together: collectives one after the other, messages all at once.
+// Calls that were made together. Collectives of a communicator run one after the other, and so do messages in
+// one direction between the same two ranks; everything else at once.
 struct Batch {
     std::vector<Call> calls;
     std::map<ncclComm_t, unsigned long> tickets;
     bool begun;
 };
+
+static bool must_wait(const Batch& o, size_t i) {
+    const Call& c = o.calls[i];
+    for (size_t k = 0; k < i; k++) {
+        const Call& earlier = o.calls[k];
+        bool collectives = c.what.kind < SEND && earlier.what.kind < SEND;
+        bool one_way =
+            c.what.kind >= SEND && c.what.kind == earlier.what.kind && c.what.root == earlier.what.root;
+        if (!earlier.finished && earlier.comm == c.comm && (collectives || one_way)) return true;
+    }
+    return false;
+}
 
 static bool advance(Batch& o) {
     bool all = true, aborted = false;
@@ -486,14 +520,14 @@ static bool advance(Batch& o) {
         aborted = aborted || t.first->aborted;
         if (!o.begun && t.first->served != t.second && !t.first->aborted) return false;
     }
-    if (!o.begun)
+    if (!o.begun && !aborted)
         for (const Call& c : o.calls) check_buffers(c);
     o.begun = true;
-    for (Call& c : o.calls) {
-        if (!c.finished && !aborted)
+    for (size_t i = 0; i < o.calls.size() && !aborted; i++) {
+        Call& c = o.calls[i];
+        if (!c.finished && !must_wait(o, i))
             c.finished = c.what.kind < SEND ? advance_collective(c) : advance_message(c);
-        all = all && (c.finished || aborted);
-        if (!all && c.what.kind < SEND) break;
+        all = all && c.finished;
     }
     if (all)
         for (const auto& t : o.tickets) t.first->served++;
@@ -518,13 +552,16 @@ static double bytes_sent(const Call& c) {
     }
 }
 
-static int group_depth;
-static ncclResult_t group_error;
-static std::vector<Call> group;
+static thread_local int group_depth;
+static thread_local ncclResult_t group_error;
+static thread_local std::vector<Call> group;
 
-// A message to the rank itself needs both ends in one group: nobody else would bring the other.
-static ncclResult_t check_own_messages(const std::vector<Call>& calls) {
+// The messages of a group. One to the rank itself needs both ends in one group: nobody else would bring the other.
+static ncclResult_t check_messages(const std::vector<Call>& calls) {
     int open = 0;
+    for (const Call& c : calls)
+        if (c.what.kind >= SEND && c.stream != calls[0].stream)
+            return refuse(ncclInvalidUsage, "messages of a group in several streams are not emulated");
     for (const Call& c : calls)
         if (c.what.kind >= SEND && c.what.root == c.comm->rank) open += c.what.kind == SEND ? 1 : -1;
     return open == 0 ? ncclSuccess
@@ -532,7 +569,7 @@ static ncclResult_t check_own_messages(const std::vector<Call>& calls) {
 }
 
 static ncclResult_t run_calls(std::vector<Call> calls) {
-    ncclResult_t result = check_own_messages(calls);
+    ncclResult_t result = check_messages(calls);
     if (result != ncclSuccess) return result;
     while (!calls.empty()) { // an operation for each stream
         auto o = std::make_shared<Batch>();
@@ -540,15 +577,20 @@ static ncclResult_t run_calls(std::vector<Call> calls) {
         cudaStream_t stream = calls[0].stream;
         for (const Call& c : calls) (c.stream == stream ? o->calls : rest).push_back(c);
         cudaStreamCaptureStatus capture;
-        if (cudaStreamIsCapturing(stream, &capture) == cudaSuccess &&
-            capture != cudaStreamCaptureStatusNone && o->calls[0].comm->size > 1)
-            return refuse(ncclInvalidUsage, "collectives in a graph are not emulated");
+        bool graph =
+            cudaStreamIsCapturing(stream, &capture) == cudaSuccess && capture != cudaStreamCaptureStatusNone;
+        for (const Call& c : o->calls)
+            if (graph && c.comm->size > 1)
+                return refuse(ncclInvalidUsage, "collectives in a graph are not emulated");
         for (const Call& c : o->calls) {
-            if (o->tickets.count(c.comm) == 0) o->tickets[c.comm] = c.comm->issued++;
+            if (!graph && o->tickets.count(c.comm) == 0) o->tickets[c.comm] = c.comm->issued++;
             auto& traffic = c.comm->traffic[c.what.kind];
             traffic.first++, traffic.second += bytes_sent(c);
         }
-        cudaError_t error = emu_enqueue_polled(stream, [o] { return advance(*o); });
+        cudaError_t error = emu_enqueue_polled(stream, [o, graph] {
+            Batch again = graph ? *o : Batch{}; // a graph may be launched many times
+            return advance(graph ? again : *o);
+        });
         if (error != cudaSuccess) return refuse(ncclUnhandledCudaError, "%s", cudaGetErrorString(error));
         calls = rest;
     }

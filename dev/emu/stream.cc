@@ -12,6 +12,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <deque>
 
 #include "emu.h" // defines: emu_error, emu_random
@@ -94,12 +95,23 @@ static bool run_front(EmuStream* stream) {
 }
 
 void emu_pause(bool progress) {
-    static unsigned idle;
-    idle = progress ? 0 : idle + 1;
-    if (idle > 200)
-        usleep(idle > 2000 ? 500 : 50);
-    else if (idle > 0)
+    static std::atomic<unsigned> idle;
+    unsigned times = idle = progress ? 0 : idle + 1;
+    if (times > 200)
+        usleep(times > 2000 ? 500 : 50);
+    else if (times > 0)
         sched_yield();
+}
+
+unsigned emu_lock_depth;
+
+void emu_pause_unlocked(bool progress) {
+    unsigned depth = progress ? 0 : emu_lock_depth;
+    if (depth > 0) emu_lock_depth = 0;
+    for (unsigned i = 0; i < depth; i++) emu_mutex.unlock();
+    emu_pause(progress);
+    for (unsigned i = 0; i < depth; i++) emu_mutex.lock();
+    if (depth > 0) emu_lock_depth = depth;
 }
 
 // The streams whose first operation may run.
@@ -117,7 +129,7 @@ static void run_elsewhere(EmuStream* waiting) {
     bool progress = false;
     for (EmuStream* s : able_streams())
         if (s != waiting && !progress) progress = run_front(s);
-    emu_pause(progress);
+    emu_pause_unlocked(progress);
 }
 
 // Runs the stream up to and including the operation.
@@ -135,7 +147,7 @@ static void run_until(EmuStream* stream, const OperationRef& last) {
 // One operation of any stream that can run.
 static void run_any(void) {
     std::vector<EmuStream*> able = able_streams();
-    emu_pause(run_front(able[emu_random((unsigned)able.size())]));
+    emu_pause_unlocked(run_front(able[emu_random((unsigned)able.size())]));
 }
 
 static void wait_for(EmuStream* stream, const OperationRef& op) {
@@ -156,7 +168,7 @@ static void drain(EmuStream* stream) {
     if (!stream->queue.empty()) wait_for(stream, OperationRef(stream->queue.back()));
 }
 void emu_drain(void) {
-    for (EmuStream* s : streams) drain(s);
+    for (size_t i = 0; i < streams.size(); i++) drain(streams[i]); // other threads may add some meanwhile
 }
 
 // ----------------------------------------------------------------------------

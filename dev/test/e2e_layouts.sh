@@ -1,0 +1,144 @@
+#!/usr/bin/env bash
+# Layouts: the emulated trainer as several processes. Every layout computes what one process does, what the contract
+# calls bitwise is equal to the bit, and a run goes on in any other layout (dev/doc/numerics.md).
+set -u
+cd "$(dirname "$0")/../.."
+. dev/test/tap.sh
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+program=${TRAIN_GPT:-./train_gpt_emu}
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+
+cat llmc/*.h dev/doc/*.md >"$work/text.txt"
+./corpus bpe --vocab-size 512 --special '<|endoftext|>' --out "$work/tokenizer.json" "$work/text.txt" >/dev/null
+./corpus encode --tokenizer "$work/tokenizer.json" --out-dir "$work/data" --val-fraction 0.1 \
+    --document-separator $'\n\n' "$work/text.txt" >/dev/null
+data=("data.train=$work/data/train_*.bin" "data.validation=$work/data/val_*.bin" "data.tokenizer=$work/tokenizer.json")
+
+# ----------------------------------------------------------------------------
+# the matrix: verify names every layout with pass or FAIL
+
+# verify NAME CONFIG LAYOUTS [KEY=VALUE ...]
+verify() {
+    local name=$1 config=$2 layouts=$3 line
+    shift 3
+    "$program" verify "configs/$config.json" "$layouts" "${data[@]}" "log.run_dir=$work/$name" \
+        parallel.start_timeout=100 "$@" >"$work/$name.out" 2>"$work/$name.err" || cat "$work/$name.err" >&2
+    for layout in ${layouts//,/ }; do
+        line=$(grep -E "^$layout +" "$work/$name.out")
+        check "$name, $layout: $(echo "$line" | tr -s ' ' | cut -d' ' -f4-)" grep -qE "^$layout +.* pass" "$work/$name.out"
+    done
+}
+bitwise() { # NAME LAYOUT ...: they were equal to one process to the bit
+    local name=$1
+    shift
+    for layout in "$@"; do
+        check "$name, $layout is one process to the bit" grep -qE "^$layout .*equal to the bit" "$work/$name.out"
+    done
+}
+
+verify gpt2 tiny_gpt2 dp2,dp4,tp2,tp4,pp2,pp3,dp2z0,dp2z2,dp2z3,dp2det,dp2tp2,dp2pp2,tp2pp2,tp2pp2afab,pp2vp2,dp2pp2z2,dp2pp2z3,dp2tp2z3,dp2tp2pp2 \
+    model.n_layer=6
+verify llama tiny_llama dp2,tp2,tp4,pp2,pp4,afab,pp2afab,pp2vp2,dp2z3,tp2dp2z2,tp4pp2,dp2tp2pp2,dp2tp2pp2det,tp2pp2vp2 \
+    model.num_hidden_layers=6 batch.recompute=block data.document_mask=true
+bitwise llama pp2 pp4 pp2afab pp2vp2
+verify bf16 tiny_llama dp2,tp2,pp2,dp2z2 model.num_hidden_layers=4 precision.gradients=bf16 precision.moments=bf16 \
+    precision.master_weights=bf16 batch.recompute=norm
+bitwise bf16 pp2
+
+# ----------------------------------------------------------------------------
+# to the bit
+
+small=(batch.sequence_length=16 batch.micro_batch_size=1 batch.global_batch_size=8 schedule.max_steps=4
+    schedule.warmup_steps=1 eval.batches=4 model.num_hidden_layers=4 model.hidden_size=32 model.intermediate_size=64)
+
+# train NAME RANKS [KEY=VALUE ...]
+train() {
+    local name=$1 ranks=$2
+    shift 2
+    LAUNCH_PATIENCE=5 timeout 100 dev/emu/launch -n "$ranks" "$program" configs/tiny_llama.json "${data[@]}" "${small[@]}" \
+        "log.run_dir=$work/$name" "$@" >"$work/$name.out" 2>&1
+}
+step() { printf '%s/%s/checkpoints/step_%08d' "$work" "$1" "$2"; }
+same() { ./train_gpt_cpu checkpoint diff "$(step "$1" "${3:-4}")" "$(step "$2" "${3:-4}")" | grep -qE '^[0-9]+ tensors are the same to the bit$|, 0 are not$'; }
+
+det=(parallel.deterministic=true)
+for ranks in 1 2 4 8; do check "deterministic, dp $ranks" train det$ranks $ranks "${det[@]}"; done
+for ranks in 2 4 8; do check "deterministic: dp $ranks has the weights of dp 1" same det1 det$ranks; done
+check "deterministic, ZeRO 3" train det4z3 4 "${det[@]}" parallel.zero_stage=3
+check "deterministic: ZeRO 3 has them, too" same det1 det4z3
+check "deterministic, dp 2 x pp 2" train det2pp2 4 "${det[@]}" parallel.pipeline_parallel_size=2
+check "deterministic: and so has a pipeline" same det1 det2pp2
+for zero in 0 1 2 3; do
+    check "ZeRO $zero" train zero$zero 4 parallel.zero_stage=$zero batch.global_batch_size=4
+    [ $zero -eq 0 ] || check "ZeRO $zero: the bits of ZeRO 0" same zero0 zero$zero
+done
+for seed in 1 2; do
+    check "shuffled streams, seed $seed" env EMU_SEED=$seed dev/test/../../dev/emu/launch -n 4 "$program" \
+        configs/tiny_llama.json "${data[@]}" "${small[@]}" "log.run_dir=$work/seed$seed" batch.global_batch_size=4 \
+        parallel.zero_stage=3 >/dev/null
+    check "shuffled streams: the same bits" same zero3 seed$seed
+done
+
+# ----------------------------------------------------------------------------
+# a run goes on in any layout
+
+goes_on() { # RANKS LAST STEP [KEY=VALUE ...]
+    local ranks=$1 last=$2
+    shift 2
+    train elastic "$ranks" "${det[@]}" checkpoint.every=2 checkpoint.keep_last=9 schedule.max_steps=10 "$@"
+}
+# The learning rate must be that of ten steps, so runs are stopped, not shortened.
+stop_at() { # RANKS STEP [KEY=VALUE ...]: ends it once the checkpoint of that step is there
+    local ranks=$1 at=$2 pid
+    shift 2
+    (goes_on "$ranks" "$at" "$@") &
+    pid=$!
+    for _ in $(seq 600); do
+        [ -d "$(step elastic "$at")" ] && break
+        sleep 0.05
+    done
+    pkill -KILL -f "log.run_dir=$work/elastic" -n # one rank dies; the launcher ends the others
+    wait $pid 2>/dev/null
+    [ -d "$(step elastic "$at")" ]
+}
+check "ten steps without a break" train whole 4 "${det[@]}" schedule.max_steps=10
+check "on 4 ranks, until one is killed" stop_at 4 2
+check "on 2 ranks, tensor parallel off, ZeRO 2, until one is killed" stop_at 2 4 parallel.zero_stage=2
+check "on 8 ranks, until one is killed" stop_at 8 6
+check "on one, to the end" goes_on 1 10
+check "the weights are those of the run without a break" same whole elastic 10
+check "the losses, too" diff <(grep -h '"event":"step"' "$work/whole/log.jsonl" | sed 's/.*"step":\([0-9]*\),"loss":\([^,]*\),.*/\1 \2/') \
+    <(grep -h '"event":"step"' "$work/elastic/log.jsonl" | sed 's/.*"step":\([0-9]*\),"loss":\([^,]*\),.*/\1 \2/' | sort -snk1 -u)
+round_trip() {
+    local from=round1 n
+    train round1 1 schedule.max_steps=2 || return 1
+    for n in "2 tensor_parallel_size=2" "4 pipeline_parallel_size=2" "8 zero_stage=3" "1 zero_stage=1"; do
+        set -- $n
+        train "trip$1" "$1" "parallel.$2" schedule.max_steps=2 "checkpoint.load_from=$(step $from 2)" optimizer.learning_rate=0 || return 1
+        from=trip$1
+    done
+    cmp "$(step round1 2)/model.safetensors" "$(step trip1 2)/model.safetensors"
+}
+check "weights survive 1, 2, 4, 8 and 1 processes to the bit" round_trip
+
+# ----------------------------------------------------------------------------
+# layouts that cannot run
+
+refused() { # RANKS 'regular expression' [KEY=VALUE ...]
+    local ranks=$1 text=$2
+    shift 2
+    train refused "$ranks" "$@"
+    [ $? -eq 78 ] && grep -qE -- "$text" "$work/refused.out" || { cat "$work/refused.out"; return 1; }
+}
+check "heads that do not divide" refused 3 'tensor_parallel_size is 3 and model.num_attention_heads 4.* 2 works|1 works' parallel.tensor_parallel_size=3
+check "too few layers" refused 8 'layers' parallel.pipeline_parallel_size=8
+check "processes that do not divide" refused 3 '3 processes were started' parallel.tensor_parallel_size=2
+check "a batch that does not divide" refused 3 'global_batch_size is 8' model.num_hidden_layers=4
+check "ZeRO 0 with ordered sums" refused 2 'zero_stage=1' parallel.zero_stage=0 parallel.deterministic=true
+check "samples in a pipeline" refused 2 'sample.every' parallel.pipeline_parallel_size=2 sample.every=1 sample.prompt=a
+check "micro-batches that interleaving cannot place" refused 2 'micro' parallel.pipeline_parallel_size=2 \
+    parallel.virtual_pipeline_size=2 parallel.pipeline_schedule=interleaved batch.global_batch_size=3
+check "a layout that is misspelt" bash -c "! '$program' verify configs/tiny_gpt2.json dp2xx2 ${data[0]@Q} 2>&1 | grep -qv 'is wanted'"
+check "the CPU reference is one process" bash -c "RANK=0 WORLD_SIZE=2 MASTER_ADDR=127.0.0.1 MASTER_PORT=1 timeout 20 ./train_gpt_cpu configs/tiny_gpt2.json ${data[0]@Q} parallel.start_timeout=1 2>&1 | grep -qE 'error'"
+finish

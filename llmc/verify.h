@@ -1,0 +1,356 @@
+// `verify RUN.json LAYOUTS`: is every layout the same model? Trains a shrunk copy of the user's own config for a few
+// steps in each layout, started as that many processes on this machine, and compares with one process:
+//
+//     gradients    of the first step: AdamW's first moment after it is (1 - beta1) times the gradient it was given
+//     losses       of every step; weights at the end
+//
+// A layout passes if all of it is equal to the bit, or if the error of every tensor's gradient, against the CPU
+// reference in fp32, is at most twice that of one process of the same program (dev/doc/numerics.md), within what so
+// few numbers can tell, and its losses are as near.
+#pragma once
+#include "llmc/checkpoint.h"     // defines: checkpoint_load
+#include "llmc/config_print.h"   // defines: config_write_json
+#include "llmc/layout_resolve.h" // defines: layout_resolve
+
+#include <spawn.h>
+#include <sys/wait.h>
+
+enum { VERIFY_STEPS = 4, VERIFY_LAYOUTS_MAX = 64, VERIFY_NAME = 64 };
+
+// A layout as it is written: dp2tp2pp2, and what may follow: z0..z3, vp2, afab, det.
+typedef struct {
+    char name[VERIFY_NAME];
+    int dp, tp, pp, vp, zero, schedule;
+    bool deterministic;
+} VerifyLayout;
+
+static inline bool verify_parse(VerifyLayout* out, const char* text, Error* err) {
+    static const char* const keys[] = {"dp", "tp", "pp", "vp", "z"};
+    VerifyLayout l = {{0}, 1, 1, 1, 1, 1, PIPELINE_1F1B, false};
+    int* fields[] = {&l.dp, &l.tp, &l.pp, &l.vp, &l.zero};
+    snprintf(l.name, sizeof l.name, "%.60s", text);
+    for (const char* at = text; *at != '\0';) {
+        bool known = false;
+        for (int k = 0; k < 5 && !known; k++) {
+            size_t n = strlen(keys[k]), digits = strspn(at + n, "0123456789");
+            known = strncmp(at, keys[k], n) == 0 && digits > 0 && digits < 5;
+            if (known) *fields[k] = atoi(at + n), at += n + digits;
+        }
+        if (!known && strncmp(at, "afab", 4) == 0) known = true, at += 4, l.schedule = PIPELINE_AFAB;
+        if (!known && strncmp(at, "det", 3) == 0) known = true, at += 3, l.deterministic = true;
+        if (!known)
+            return fail(
+                err, EXIT_USAGE,
+                "layout %s: at \"%s\" one of dp, tp, pp, vp, z with a number, afab or det is wanted, as in "
+                "dp2tp4 or tp2pp2vp2",
+                text, at);
+    }
+    if (l.vp > 1) l.schedule = PIPELINE_INTERLEAVED;
+    *out = l;
+    return true;
+}
+
+static inline void verify_apply(RunConfig* run, const VerifyLayout* l) {
+    run->parallel.data_parallel_size = l->dp, run->parallel.tensor_parallel_size = l->tp;
+    run->parallel.pipeline_parallel_size = l->pp, run->parallel.virtual_pipeline_size = l->vp;
+    run->parallel.pipeline_schedule = l->schedule, run->parallel.zero_stage = l->zero;
+    run->parallel.deterministic = l->deterministic;
+}
+
+// The user's config with everything made small that only costs time. What shape a tensor has, which there are and how
+// they are divided stays.
+static inline void verify_shrink(RunConfig* run, const VerifyLayout* layouts, int count) {
+    ModelConfig* c = &run->model;
+    int ranks = 1, layers = 2, heads = 1, group = c->num_attention_heads / c->num_key_value_heads;
+    for (int i = 0; i < count; i++) {
+        const VerifyLayout* l = &layouts[i];
+        layers = l->pp * l->vp > layers ? l->pp * l->vp : layers;
+        heads = l->tp > heads ? l->tp : heads;
+        ranks = l->dp * l->pp > ranks ? l->dp * l->pp : ranks;
+    }
+    c->num_hidden_layers = layers + 1 < c->num_hidden_layers ? layers + 1 : c->num_hidden_layers;
+    if (heads > group && heads % group == 0)
+        c->num_key_value_heads = heads / group;
+    else
+        c->num_key_value_heads = c->num_key_value_heads > 2 ? 2 : c->num_key_value_heads;
+    c->num_attention_heads = c->num_key_value_heads * group;
+    c->head_dim = c->head_dim > 16 ? 16 : c->head_dim;
+    c->hidden_size = c->num_attention_heads * c->head_dim;
+    c->intermediate_size = 16 * heads > 64 ? 16 * heads : 64;
+    run->batch.sequence_length = run->batch.sequence_length > 16 ? 16 : run->batch.sequence_length;
+    run->batch.micro_batch_size = 1;
+    run->batch.global_batch_size = 2 * ranks;
+    run->schedule.max_steps = VERIFY_STEPS, run->schedule.warmup_steps = 0;
+    run->schedule.decay_fraction = 0;
+    run->optimizer.eps = 1e-4; // rounding noise in a gradient of zero must not become a whole step
+    run->checkpoint.every = 1, run->checkpoint.keep_last = VERIFY_STEPS + 1,
+    run->checkpoint.permanent_every = 0;
+    run->checkpoint.load_from[0] = '\0';
+    run->log.every = 1, run->eval.every = 0, run->sample.every = 0;
+    run->data.validation[0] = run->data.tokenizer[0] = '\0';
+    run->parallel.autotune = run->parallel.cuda_graph = false, run->parallel.threads = 1;
+    verify_apply(run, &layouts[0]);
+}
+
+// ----------------------------------------------------------------------------
+// running
+
+// Starts one rank; its output goes to a file of its own.
+static inline pid_t verify_spawn(const char* program, const char* config, const char* log, int rank, int size,
+                                 int port) {
+    fflush(stdout); // or it would be written twice
+    pid_t pid = fork();
+    if (pid != 0) return pid;
+    char number[6][32];
+    const char* names[] = {"RANK",        "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE",
+                           "MASTER_PORT", "EMU_DEVICES"};
+    int values[] = {rank, size, rank, size, port, size};
+    for (int i = 0; i < 6; i++) {
+        snprintf(number[i], sizeof number[i], "%d", values[i]);
+        if (size > 1) setenv(names[i], number[i], 1);
+    }
+    for (int i = 0; size == 1 && i < 5; i++) unsetenv(names[i]);
+    setenv("MASTER_ADDR", "127.0.0.1", 1);
+    setenv("OMP_NUM_THREADS", "1", 1);
+    if (freopen(log, "a", stdout) == NULL || dup2(STDOUT_FILENO, STDERR_FILENO) < 0) _exit(EXIT_OS);
+    execl(program, program, "train", config, (char*)NULL);
+    _exit(EXIT_OS);
+}
+
+// All ranks, until the last has ended; after the first failure, or `patience` seconds, the others are ended. Returns
+// the exit code of the first that failed, 124 where time was up.
+static inline int verify_run(const char* program, const char* config, const char* log, int size,
+                             double patience) {
+    pid_t* ranks = (pid_t*)calloc_check((size_t)size, sizeof *ranks);
+    static int number = 0;
+    int code = 0, port = 20000 + (getpid() * 37 + 61 * number++) % 30000;
+    for (int r = 0; r < size; r++) ranks[r] = verify_spawn(program, config, log, r, size, port);
+    double deadline = seconds_now() + patience;
+    for (int left = size; left > 0;) {
+        int status = 0;
+        pid_t ended = waitpid(-1, &status, WNOHANG);
+        bool late = ended == 0 && seconds_now() > deadline && code == 0;
+        if (ended == 0) usleep(10000);
+        if (ended == 0 && !late) continue;
+        left -= !late;
+        int with = late ? 124 : WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status);
+        for (int r = 0; r < size; r++) {
+            if (ranks[r] == ended) ranks[r] = 0;
+            if (with != 0 && ranks[r] > 0) kill(ranks[r], SIGKILL);
+        }
+        if (with != 0 && code == 0) code = with;
+    }
+    free(ranks);
+    return code;
+}
+
+// What a run left behind.
+typedef struct {
+    float* gradients; // of the first step, times what they were clipped by and 1 - beta1
+    float* weights;   // behind the last
+    double losses[VERIFY_STEPS], grad_norm;
+} VerifyResult;
+
+static inline bool verify_read_log(VerifyResult* out, const char* run_dir, Error* err) {
+    char path[PATH_MAX];
+    size_t size;
+    if (!path_join(path, run_dir, "log.jsonl", err)) return false;
+    char* text = read_file(path, (size_t)1 << 24, &size, err);
+    char *rest = text, *line;
+    int found = 0;
+    while (rest != NULL && (line = strsep(&rest, "\n")) != NULL) {
+        cJSON* json = cJSON_Parse(line);
+        const cJSON* event = cJSON_GetObjectItem(json, "event");
+        if (cJSON_IsString(event) && strcmp(event->valuestring, "step") == 0 && found < VERIFY_STEPS) {
+            out->losses[found] = cJSON_GetNumberValue(cJSON_GetObjectItem(json, "loss"));
+            if (found++ == 0) out->grad_norm = cJSON_GetNumberValue(cJSON_GetObjectItem(json, "grad_norm"));
+        }
+        cJSON_Delete(json);
+    }
+    free(text);
+    return text != NULL && (found == VERIFY_STEPS ||
+                            fail(err, EXIT_BAD_DATA, "%s holds %d steps of %d", path, found, VERIFY_STEPS));
+}
+
+static inline bool verify_read(VerifyResult* out, const RunConfig* run, Error* err) {
+    size_t n = parameter_layout(&run->model).num_parameters;
+    char checkpoints[PATH_MAX], path[PATH_MAX];
+    float* scratch = (float*)calloc_check(4 * n, sizeof *scratch);
+    out->gradients = (float*)calloc_check(n, sizeof(float)),
+    out->weights = (float*)calloc_check(n, sizeof(float));
+    bool ok = path_join(checkpoints, run->log.run_dir, "checkpoints", err);
+    for (int last = 0; ok && last < 2; last++) {
+        CheckpointData data;
+        memset(&data, 0, sizeof data);
+        data.model = &run->model;
+        data.params = last ? out->weights : scratch, data.m = last ? scratch : out->gradients;
+        data.v = scratch + n;
+        ok = step_path(path, checkpoints, last ? VERIFY_STEPS : 1, "", err) &&
+             checkpoint_load(path, &data, err);
+    }
+    free(scratch);
+    return ok && verify_read_log(out, run->log.run_dir, err);
+}
+
+static inline void verify_free(VerifyResult* r) { free(r->gradients), free(r->weights); }
+
+// Trains in one layout and reads what came out.
+static inline bool verify_train(VerifyResult* out, const RunConfig* shrunk, const VerifyLayout* l,
+                                const char* work, const char* program, Error* err) {
+    static RunConfig run;
+    char config[PATH_MAX], log[PATH_MAX], directory[PATH_MAX];
+    String json = {NULL, 0, 0};
+    run = *shrunk;
+    verify_apply(&run, l);
+    if (!path_join(directory, work, l->name, err) || !make_directories(directory, err) ||
+        !path_join(config, directory, "run.json", err) || !path_join(log, directory, "output", err))
+        return false;
+    if (strlen(directory) >= sizeof run.log.run_dir)
+        return fail(err, EXIT_CONFIG, "log.run_dir is too long for the runs of verify: %.200s", directory);
+    memcpy(run.log.run_dir, directory, strlen(directory) + 1);
+    config_write_json(&run, &json);
+    bool ok = replace_file(config, json.data, json.size, err);
+    free(json.data);
+    int size = l->dp * l->tp * l->pp,
+        code = ok ? verify_run(program, config, log, size, run.parallel.start_timeout) : 0;
+    if (code != 0) {
+        size_t bytes;
+        Error none = {0, {0}};
+        char* said = read_file(log, (size_t)1 << 24, &bytes, &none);
+        const char* error = said != NULL ? strstr(said, "error: ") : NULL;
+        fail(err, EXIT_INTERNAL, "exit code %d%s: %.300s", code, code == 124 ? " (it hangs)" : "",
+             error != NULL ? error + 7 : "no message");
+        free(said);
+    }
+    return ok && code == 0 && verify_read(out, &run, err);
+}
+
+// ----------------------------------------------------------------------------
+// comparing
+
+// One tensor's gradient against the truth: root of the mean square of the difference, and of the truth.
+static inline void verify_error(const float* x, const float* truth, size_t n, double* error, double* size) {
+    *error = *size = 0;
+    for (size_t i = 0; i < n; i++) {
+        double d = (double)x[i] - (double)truth[i];
+        *error += d * d, *size += (double)truth[i] * (double)truth[i];
+    }
+    *error = sqrt(*error / (double)n), *size = sqrt(*size / (double)n);
+}
+
+typedef struct {
+    double ratio; // the largest of error / allowed error
+    char tensor[32];
+    bool bitwise;
+} VerifyVerdict;
+
+// allowed: twice the error of one process, and what a sum in another order changes in fp32; a tensor of n numbers has
+// an error that is known to about 1 / sqrt(2 n) of itself, of which four are granted.
+static inline VerifyVerdict verify_compare(const RunConfig* run, const VerifyResult* ours,
+                                           const VerifyResult* plain, const VerifyResult* truth) {
+    const ModelConfig* c = &run->model;
+    ParameterLayout p = parameter_layout(c);
+    VerifyVerdict verdict = {0, "", true};
+    for (int i = 0; i < NUM_TENSORS; i++)
+        for (int l = 0; l < tensor_copies(c, (enum TensorId)i) && p.size[i] != 0; l++) {
+            size_t at = tensor_offset(&p, (enum TensorId)i, l), n = p.size[i];
+            double error, allowed, size, noise = 4 / sqrt(2.0 * (double)n);
+            verify_error(ours->gradients + at, truth->gradients + at, n, &error, &size);
+            verify_error(plain->gradients + at, truth->gradients + at, n, &allowed, &size);
+            allowed = (2 + 2 * noise) * allowed + 1e-6 * size;
+            double ratio = isfinite(error) ? (allowed > 0 ? error / allowed
+                                              : error > 0 ? INFINITY
+                                                          : 0)
+                                           : INFINITY;
+            bool same = memcmp(ours->gradients + at, plain->gradients + at, n * sizeof(float)) == 0 &&
+                        memcmp(ours->weights + at, plain->weights + at, n * sizeof(float)) == 0;
+            verdict.bitwise = verdict.bitwise && same;
+            if (ratio <= verdict.ratio) continue;
+            verdict.ratio = ratio;
+            tensor_name(verdict.tensor, (enum TensorId)i, l);
+        }
+    for (int s = 0; s < VERIFY_STEPS; s++) {
+        verdict.bitwise = verdict.bitwise && ours->losses[s] == plain->losses[s];
+        double off = fabs(ours->losses[s] - plain->losses[s]),
+               near = fabs(plain->losses[s] - truth->losses[s]);
+        double ratio = off / (4 * near + 1e-3 * fabs(truth->losses[s]));
+        if (!(ratio <= verdict.ratio))
+            verdict.ratio = ratio, snprintf(verdict.tensor, 32, "loss of step %d", s + 1);
+    }
+    return verdict;
+}
+
+// ----------------------------------------------------------------------------
+// the command
+
+static inline bool verify_split(VerifyLayout layouts[VERIFY_LAYOUTS_MAX], int* count, const char* list,
+                                Error* err) {
+    char* copy = strdup_check(list);
+    char *rest = copy, *name;
+    bool ok = true;
+    *count = 0;
+    while (ok && (name = strsep(&rest, ",")) != NULL) {
+        if (name[0] == '\0') continue;
+        ok = *count < VERIFY_LAYOUTS_MAX ||
+             fail(err, EXIT_USAGE, "at most %d layouts at a time", VERIFY_LAYOUTS_MAX);
+        ok = ok && verify_parse(&layouts[(*count)++], name, err);
+    }
+    free(copy);
+    return ok && (*count > 0 || fail(err, EXIT_USAGE, "no layout: dp2,tp2,dp2tp2pp2, say, is wanted"));
+}
+
+// The CPU reference beside this program.
+static inline bool verify_reference(char out[PATH_MAX], const char* program, Error* err) {
+    snprintf(out, PATH_MAX, "%s", program);
+    char* slash = strrchr(out, '/');
+    snprintf(slash != NULL ? slash + 1 : out, 32, "train_gpt_cpu");
+    return access(out, X_OK) == 0 ||
+           fail(err, EXIT_NO_INPUT, "%s is not there: verify compares with it; build it with `make`", out);
+}
+
+static inline bool verify_layouts(RunConfig* run, const char* list, const char* work, Error* err) {
+    VerifyLayout layouts[VERIFY_LAYOUTS_MAX];
+    const VerifyLayout alone = {"one process", 1, 1, 1, 1, 1, PIPELINE_1F1B, false};
+    VerifyLayout reference = alone;
+    char program[PATH_MAX] = {0}, cpu[PATH_MAX];
+    int count = 0, failed = 0;
+    if (readlink("/proc/self/exe", program, sizeof program - 1) < 0 ||
+        !verify_split(layouts, &count, list, err) || !verify_reference(cpu, program, err))
+        return false;
+    VerifyResult truth = {NULL, NULL, {0}, 0}, plain = truth;
+    snprintf(reference.name, sizeof reference.name, "cpu");
+    verify_shrink(run, layouts, count);
+    static RunConfig fp32;
+    fp32 = *run;
+    fp32.precision.compute = COMPUTE_AUTO;
+    fp32.precision.gradients = fp32.precision.master_weights = fp32.precision.moments = STORE_FP32;
+    bool ok = verify_train(&truth, &fp32, &reference, work, cpu, err) &&
+              verify_train(&plain, run, &alone, work, program, err);
+    if (ok)
+        printf("%-20s %12s %12s  %-18s %-24s\n%-20s %12.6f %12.6f\n%-20s %12.6f %12.6f\n", "layout",
+               "last loss", "first norm", "gradient error", "worst tensor", "cpu reference",
+               truth.losses[VERIFY_STEPS - 1], truth.grad_norm, "one process", plain.losses[VERIFY_STEPS - 1],
+               plain.grad_norm);
+    for (int i = 0; ok && i < count; i++) {
+        VerifyResult ours = {NULL, NULL, {0}, 0};
+        Error why = {0, {0}};
+        bool ran = verify_train(&ours, run, &layouts[i], work, program, &why);
+        VerifyVerdict v = {0, "", false};
+        if (ran) v = verify_compare(run, &ours, &plain, &truth);
+        bool passed = ran && (v.bitwise || v.ratio <= 1);
+        failed += !passed;
+        if (ran)
+            printf("%-20s %12.6f %12.6f  %5.2f of allowed   %-24s %s%s\n", layouts[i].name,
+                   ours.losses[VERIFY_STEPS - 1], ours.grad_norm, v.ratio, v.tensor, passed ? "pass" : "FAIL",
+                   v.bitwise ? ", equal to the bit" : "");
+        else
+            printf("%-20s FAIL: %s\n", layouts[i].name, why.text);
+        fflush(stdout);
+        verify_free(&ours);
+    }
+    verify_free(&truth), verify_free(&plain);
+    return ok && (failed == 0 || fail(err, EXIT_INTERNAL,
+                                      "%d of %d layouts do not compute what one process does; %s "
+                                      "has their runs",
+                                      failed, count, work));
+}
