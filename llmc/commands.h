@@ -281,6 +281,8 @@ static inline bool meet(Trainer* t, const Launch* launch, Error* err) {
     string_append(&job, "checkpoints");
     ok = ok && control_open(&t->save_control, launch, job.data, patience, err);
     free(job.data);
+    // a checkpoint takes longer than a start, and who reads and who writes it takes not the same time
+    t->control.timeout = t->save_control.timeout = patience > 3600 ? patience : 3600;
     if (ok && launch->rank > 0 && freopen("/dev/null", "w", stdout) == NULL)
         return fail(err, EXIT_OS, "cannot open /dev/null: %s", strerror(errno));
     return ok;

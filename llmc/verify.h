@@ -6,7 +6,7 @@
 //
 // A layout passes if all of it is equal to the bit, or if the error of every tensor's gradient, against the CPU
 // reference in fp32, is at most twice that of one process of the same program (dev/doc/numerics.md), within what so
-// few numbers can tell, and its losses are as near.
+// few numbers can tell, and if its losses and its first gradient norm are as near.
 #pragma once
 #include "llmc/checkpoint.h"     // defines: checkpoint_load
 #include "llmc/config_print.h"   // defines: config_write_json
@@ -269,6 +269,11 @@ static inline VerifyVerdict verify_compare(const RunConfig* run, const VerifyRes
             verdict.ratio = ratio;
             tensor_name(verdict.tensor, (enum TensorId)i, l);
         }
+    double norm_off = fabs(ours->grad_norm - plain->grad_norm),
+           norm_near = fabs(plain->grad_norm - truth->grad_norm);
+    double norm_ratio = norm_off / (4 * norm_near + 1e-3 * truth->grad_norm);
+    if (!(norm_ratio <= verdict.ratio))
+        verdict.ratio = norm_ratio, snprintf(verdict.tensor, 32, "gradient norm");
     for (int s = 0; s < VERIFY_STEPS; s++) {
         verdict.bitwise = verdict.bitwise && ours->losses[s] == plain->losses[s];
         double off = fabs(ours->losses[s] - plain->losses[s]),

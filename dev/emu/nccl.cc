@@ -556,7 +556,7 @@ static thread_local int group_depth;
 static thread_local ncclResult_t group_error;
 static thread_local std::vector<Call> group;
 
-// The messages of a group. One to the rank itself needs both ends in one group: nobody else would bring the other.
+// The messages of a group. One to the rank itself needs both ends in it: nobody else would bring the other.
 static ncclResult_t check_messages(const std::vector<Call>& calls) {
     int open = 0;
     for (const Call& c : calls)

@@ -74,7 +74,7 @@ for zero in 0 1 2 3; do
     [ $zero -eq 0 ] || check "ZeRO $zero: the bits of ZeRO 0" same zero0 zero$zero
 done
 for seed in 1 2; do
-    check "shuffled streams, seed $seed" env EMU_SEED=$seed dev/test/../../dev/emu/launch -n 4 "$program" \
+    check "shuffled streams, seed $seed" env EMU_SEED=$seed dev/emu/launch -n 4 "$program" \
         configs/tiny_llama.json "${data[@]}" "${small[@]}" "log.run_dir=$work/seed$seed" batch.global_batch_size=4 \
         parallel.zero_stage=3 >/dev/null
     check "shuffled streams: the same bits" same zero3 seed$seed
@@ -132,7 +132,7 @@ refused() { # RANKS 'regular expression' [KEY=VALUE ...]
     [ $? -eq 78 ] && grep -qE -- "$text" "$work/refused.out" || { cat "$work/refused.out"; return 1; }
 }
 check "heads that do not divide" refused 3 'tensor_parallel_size is 3 and model.num_attention_heads 4.* 2 works|1 works' parallel.tensor_parallel_size=3
-check "too few layers" refused 8 'layers' parallel.pipeline_parallel_size=8
+check "too few layers" refused 8 'needs a layer for each.* 4 stages' parallel.pipeline_parallel_size=8
 check "processes that do not divide" refused 3 '3 processes were started' parallel.tensor_parallel_size=2
 check "a batch that does not divide" refused 3 'global_batch_size is 8' model.num_hidden_layers=4
 check "ZeRO 0 with ordered sums" refused 2 'zero_stage=1' parallel.zero_stage=0 parallel.deterministic=true

@@ -10,7 +10,7 @@ unset EMU_SEED EMU_NCCL_DETECT EMU_NCCL_TRAFFIC LAUNCH_PATIENCE
 token=e2e$$x
 
 build() {
-    local flags=(-O1 -g -Wall -Wextra -Werror)
+    local flags=(-O1 -Wall -Wextra -Werror)
     if [ "$1" = asan ]; then flags+=(-fsanitize=address,undefined); fi
     dev/emu/compile "$work/ranks.$1" dev/test/emu/ranks.cu "${flags[@]}"
 }
@@ -88,17 +88,20 @@ for case in $cases; do
     done
 done
 for n in 1 2 3 8; do
-    check "a collective whose event nobody waits for, $n ranks" expect 1 'rounds in two streams' ranks $n plain streams bug
+    check "a collective whose event nobody waits for, $n ranks" \
+        expect 1 'rounds in two streams' ranks $n plain streams bug
 done
 
 
 # mismatch N BUILD VARIANT 'rank 0's call' 'the last rank's call': both say so
 mismatch() {
     local n=$1 last=$(($1 - 1)) call=$4 other=$5
-    expect 97 "^emu: rank 0 of $n calls ${call/@/ elements} where rank $last calls ${other/@/}\$" ranks "$n" "$2" mismatch "$3" >"$work/said"
+    local text="^emu: rank 0 of $n calls ${call/@/ elements} where rank $last calls ${other/@/}\$"
+    expect 97 "$text" ranks "$n" "$2" mismatch "$3" >"$work/said"
     local code=$?
     cat "$work/said"
-    [ $code -eq 0 ] && grep -qE "^emu: rank $last of $n calls ${other/@/ elements} where rank 0 calls ${call/@/}\$" "$work/said"
+    text="^emu: rank $last of $n calls ${other/@/ elements} where rank 0 calls ${call/@/}\$"
+    [ $code -eq 0 ] && grep -qE -- "$text" "$work/said"
 }
 sum='ncclAllReduce of 50@ \(type 7, operation 0, root 0\)'
 for n in 2 3 8; do
@@ -107,7 +110,8 @@ for n in 2 3 8; do
     check "another count, $n ranks" mismatch $n $kind count "$sum" "${sum/50/49}"
     check "another type, $n ranks" mismatch $n $kind type "$sum" "${sum/type 7/type 2}"
     check "another operation, $n ranks" mismatch $n $kind operation "$sum" "${sum/operation 0/operation 2}"
-    check "another collective, $n ranks" mismatch $n $kind collective "$sum" 'ncclReduceScatter of 1@ \(type 7, operation 0, root 0\)'
+    scatter='ncclReduceScatter of 1@ \(type 7, operation 0, root 0\)'
+    check "another collective, $n ranks" mismatch $n $kind collective "$sum" "$scatter"
     sent='ncclBroadcast of 50@ \(type 7, operation 0, root 0\)'
     check "another root, $n ranks" mismatch $n $kind root "$sent" "${sent/root 0/root 1}"
     LAUNCH_PATIENCE=0.1 check "a message of another length, $n ranks" expect 97 \
@@ -143,12 +147,10 @@ launch() { dev/emu/launch "$@"; }
 check "launch: all is well" expect 0 '^$' launch -n 3 true
 check "launch: one rank if not told" expect 0 '^0 of 1 at 0$' launch sh -c 'echo $RANK of $WORLD_SIZE at $LOCAL_RANK'
 environment() {
-    # shellcheck disable=SC2016 # for the ranks
     local text='echo "$RANK $WORLD_SIZE $LOCAL_RANK $LOCAL_WORLD_SIZE $MASTER_ADDR $EMU_DEVICES $EMU_SEED $1"'
     diff <(EMU_SEED=7 launch -n 2 sh -c "$text" - 'two  words' | sort) <(
         echo '0 2 0 2 127.0.0.1 2 7000 two  words'
         echo '1 2 1 2 127.0.0.1 2 7001 two  words') || return 1
-    # shellcheck disable=SC2016
     [ "$(launch -n 3 sh -c 'echo $MASTER_PORT $PRETRAIN_SECRET' | sort -u | wc -l)" -eq 1 ]
 }
 check "launch: the environment of the ranks" environment
@@ -157,15 +159,16 @@ check "launch: the exit code of the first to fail" expect 5 '^$' launch -n 3 sh 
 check "launch: 128 + the signal" expect 137 '^$' launch -n 2 sh -c '[ $RANK = 0 ] || kill -9 $$'
 patience() { # SECONDS 'what rank 0 says': it needs half a second, and rank 1 fails at once
     local began=$EPOCHREALTIME
-    LAUNCH_PATIENCE=$1 expect 4 "^$2\$" launch -n 2 sh -c '[ $RANK = 0 ] || exit 4; sleep 0.5; echo done; exec sleep '"$3" || return 1
+    LAUNCH_PATIENCE=$1 expect 4 "^$2\$" launch -n 2 sh -c \
+        '[ $RANK = 0 ] || exit 4; sleep 0.5; echo finished; exec sleep '"$3" || return 1
     ((${EPOCHREALTIME/./} - ${began/./} < 8000000))
 }
-check "launch: the others have time to end" patience 10 done 0
-check "launch: and are killed after that" patience 1.5 done 60
+check "launch: the others have time to end" patience 10 finished 0
+check "launch: and are killed after that" patience 1.5 finished 60
 check "launch: no patience" patience 0 '' 60
 signalled() { # NAME: all ranks get it
-    # shellcheck disable=SC2016
-    dev/emu/launch -n 3 bash -c 'trap "echo got; exit 9" '"$1"'; echo up; while :; do sleep 0.05; done' >"$work/signalled" &
+    dev/emu/launch -n 3 bash -c 'trap "echo got; exit 9" '"$1"'; echo up; while :; do sleep 0.05; done' \
+        >"$work/signalled" &
     local pid=$! code
     until [ "$(grep -c up "$work/signalled")" -eq 3 ]; do sleep 0.02; done
     kill -"$1" $pid

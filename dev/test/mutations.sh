@@ -5,7 +5,7 @@
 #
 #   dev/test/mutations.sh [FIRST [LAST]]     numbers of the list; all by default; `make mutations`
 #
-# A line of the list: FILE <tab> TEST GROUP <tab> OLD TEXT <tab> NEW TEXT <tab> WHAT IT BREAKS, with \n for the end of a
+# The group "layouts" is the trainer itself, as several processes (dev/test/layouts_quick.sh). A line of the list: FILE <tab> TEST GROUP <tab> OLD TEXT <tab> NEW TEXT <tab> WHAT IT BREAKS, with \n for the end of a
 # line. OLD TEXT stands in FILE exactly once, so that a list that no longer fits the code is an error and not a mutation
 # that was not made.
 set -u
@@ -15,12 +15,19 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cp -r Makefile ./*.c ./*.cu llmc dev scripts configs "$work"
 for group in $(cut -f 2 "$list" | sort -u); do
+    [ "$group" != layouts ] || continue
     [ "$group" != model ] || printf '#define TESTING\n#include "train_gpt.cu"\n' >"$work/$group.cu"
     printf '#include "dev/test/cuda_%s.cuh"\nint main(void) { test_%s(); return tap_finish(); }\n' "$group" "$group" \
         >>"$work/$group.cu"
 done
-make -s -C "$work" DNNL=0 build/reference.o build/reference32.o >/dev/null || exit 70
+make -s -C "$work" DNNL=0 build/reference.o build/reference32.o train_gpt_cpu corpus >/dev/null || exit 70
 build() { # GROUP
+    if [ "$1" = layouts ]; then
+        cd "$work" && printf '#!/bin/sh\nexec dev/test/layouts_quick.sh\n' >mutant && chmod +x mutant &&
+            dev/emu/compile ./train_gpt_emu train_gpt.cu -O1 -march=native -fopenmp -w -DUSE_NCCL '-DVERSION="mutant"' \
+                -lcjson -lxxhash -lpcre2-8 -lz -lzstd
+        return
+    fi
     cd "$work" && dev/emu/compile ./mutant "$1.cu" -O1 -march=native -fopenmp -w build/reference.o build/reference32.o \
         -lcjson -lxxhash -lpcre2-8 -lz -lzstd
 }

@@ -296,7 +296,7 @@ static int raw_rank(int rank, int claimed_size, const char* job, Digest* answer)
     return -1;
 }
 
-// A connection that says it is rank 1 and ends makes room for the next attempt, also as the last that was missing.
+// A connection that proves to be rank 1, and ends, makes room for the next attempt.
 static void a_rank_may_come_again(void** state) {
     (void)state;
     Digest answer;
