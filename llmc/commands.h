@@ -2,6 +2,7 @@
 #pragma once
 #include "llmc/checkpoint_tool.h" // defines: checkpoint_verify, checkpoint_info, checkpoint_diff
 #include "llmc/fit.h"             // defines: check_memory
+#include "llmc/layout_plan.h"     // defines: layout_search, layout_print, layout_plan_print
 #include "llmc/layout_resolve.h"  // defines: layout_resolve
 #include "llmc/train_loop.h"      // defines: Trainer, train_loop, evaluate, generate
 #include "llmc/verify.h"          // defines: verify_layouts
@@ -69,7 +70,7 @@ static inline bool write_run_config(Trainer* t, Error* err) {
 // The model's communicators, where there are several processes.
 static inline bool connect_model(Trainer* t, Error* err) {
     bool connected = t->control.size == 1 || gpt_connect(t->gpt, &t->control, err);
-    return control_agree(&t->control, err) && connected;
+    return agree(t, err) && connected;
 }
 
 static inline bool command_train(Trainer* t, const char* argument, Error* err) {
@@ -81,20 +82,20 @@ static inline bool command_train(Trainer* t, const char* argument, Error* err) {
     bool first = t->control.rank == 0; // who writes what is there once
     bool ready =
         check_memory(run, true, err) && (!first || lock_run_directory(t, err)) && open_data(t, true, err);
-    if (!control_agree(&t->control, err) || !ready) return false;
+    if (!agree(t, err) || !ready) return false;
     bool prompt_ok =
         run->sample.every == 0 || prompt_tokens(t, &prompt, err); // rather now than after an hour
     free(prompt.data);
     config_write_json(run, &t->config_json);
     ready = prompt_ok && (!first || choose_tokenizer_json(t, err)) &&
             gpt_create(t->gpt, run, run->batch.micro_batch_size, run->batch.sequence_length, true, err);
-    if (!control_agree(&t->control, err) || !ready) return false;
+    if (!agree(t, err) || !ready) return false;
     if (!connect_model(t, err) || !load_or_init(t, &resumed, err)) return false;
     // where nothing is left to do, run_config.json stays that of the steps that were done
     bool finished = t->state.step >= (uint64_t)run->schedule.max_steps;
     ready = !first ||
             ((finished || write_run_config(t, err)) && metrics_open(&t->metrics, run->log.run_dir, err));
-    if (!control_agree(&t->control, err) || !ready) return false;
+    if (!agree(t, err) || !ready) return false;
     t->peak_flops = gpt_peak_flops(&t->run);
     print_start(t, resumed);
     log_start(t, resumed);
@@ -114,7 +115,7 @@ static inline bool command_train(Trainer* t, const char* argument, Error* err) {
 static inline bool open_model(Trainer* t, int B, int T, Error* err) {
     enum WeightsFrom from;
     bool created = gpt_create(t->gpt, &t->run, B, T, false, err);
-    if (!control_agree(&t->control, err) || !created) return false;
+    if (!agree(t, err) || !created) return false;
     if (!connect_model(t, err) || !load_weights(t, &from, err)) return false;
     return from != WEIGHTS_NOWHERE ||
            fail(err, EXIT_NO_INPUT,
@@ -129,7 +130,7 @@ static inline bool command_eval(Trainer* t, const char* argument, Error* err) {
     if (t->run.data.validation[0] == '\0')
         return fail(err, EXIT_CONFIG, "data.validation is empty: eval needs the shards to evaluate on");
     bool ready = check_memory(&t->run, false, err) && open_data(t, false, err);
-    if (!control_agree(&t->control, err) || !ready) return false;
+    if (!agree(t, err) || !ready) return false;
     if (!open_model(t, t->run.batch.micro_batch_size, t->run.batch.sequence_length, err)) return false;
     if (!evaluate(t, &e, err)) return false;
     printf("{\"step\":%llu,\"tokens\":%llu,\"loss\":%.9g,\"perplexity\":%.9g",
@@ -198,8 +199,25 @@ static inline bool command_plan(Trainer* t, const char* argument, Error* err) {
     printf("device       ");
     gpt_print_device(stdout);
     plan_print(&plan, stdout);
+    layout_plan_print(run, stdout);
     free(advice.data);
     return true;
+}
+
+static inline bool command_layouts(Trainer* t, const char* argument, Error* err) {
+    enum { CHOICES = 512 };
+    int size = (int)strtol(argument, NULL, 10), count = CHOICES;
+    if (size < 1 || size > 65536 || strspn(argument, "0123456789") != strlen(argument))
+        return fail(err, EXIT_USAGE, "layouts: %s is no number of GPUs; 1 to 65536 is wanted", argument);
+    LayoutChoice* choices = (LayoutChoice*)calloc_check(CHOICES, sizeof *choices);
+    t->run.sample.every = 0; // samples during training would leave few layouts to compare
+    layout_search(&t->run, size, gpt_memory_limit(), layout_rates_h100(), choices, &count);
+    if (count == 0)
+        fail(err, EXIT_CONFIG, "no layout of %d processes divides this model and a batch of %d sequences",
+             size, t->run.batch.global_batch_size);
+    layout_print(choices, count, stdout);
+    free(choices);
+    return count > 0;
 }
 
 static inline bool command_verify(Trainer* t, const char* argument, Error* err) {
@@ -224,6 +242,7 @@ static const Command commands[] = {
     {"eval", command_eval, NULL, "loss, perplexity and bits per byte on data.validation, as JSON"},
     {"sample", command_sample, NULL, "generate text from sample.prompt"},
     {"export", command_export, "OUT_DIR", "write a Hugging Face model directory"},
+    {"layouts", command_layouts, "GPUS", "rank the layouts of so many GPUs by their simulated step"},
     {"verify", command_verify, "LAYOUTS",
      "compare layouts (dp2,tp2pp2z1,...) of a shrunk copy with one process"},
 };
@@ -288,6 +307,44 @@ static inline bool meet(Trainer* t, const Launch* launch, Error* err) {
     return ok;
 }
 
+// Every process knows an error that they agreed on; it is said once.
+static inline void end_with(Trainer* t, const Error* err) {
+    bool silent = t->agreed && t->control.rank > 0;
+    trainer_close(t);
+    if (silent) exit(err->code);
+    exit_with(err);
+}
+
+// parallel.automatic: the first process chooses, for all of them.
+static inline bool choose_layout(Trainer* t, bool training, Error* err) {
+    enum { CHOICES = 512 };
+    RunConfig* run = &t->run;
+    int count = CHOICES, size = t->control.size;
+    LayoutChoice* choices = (LayoutChoice*)calloc_check(CHOICES, sizeof *choices);
+    if (t->control.rank == 0 && gpt_resolve(run, training, err)) {
+        bool found = layout_search(run, size, gpt_memory_limit(), layout_rates_h100(), choices, &count);
+        layout_print(choices, count < 8 ? count : 8, stdout);
+        if (!found)
+            fail(err, EXIT_CONFIG,
+                 "parallel.automatic: of %d layouts for %d processes none fits; `layouts` shows them", count,
+                 size);
+    }
+    free(choices);
+    return control_agree(&t->control, err) &&
+           control_broadcast(&t->control, &run->parallel, sizeof run->parallel, err);
+}
+
+// Which part of the run this process has. A plan may be made for processes that were not started.
+static inline bool find_place(Trainer* t, bool plan, bool training, Error* err) {
+    RunConfig* run = &t->run;
+    int size = t->control.size, planned = run->parallel.data_parallel_size *
+                                          run->parallel.tensor_parallel_size *
+                                          run->parallel.pipeline_parallel_size;
+    if (plan && size == 1 && planned > 1) size = planned;
+    if (run->parallel.automatic && !choose_layout(t, training, err)) return false;
+    return layout_resolve(run, t->control.rank, size, err) && gpt_resolve(run, training, err);
+}
+
 static inline int run_with_config(const Program* program, const Command* command, const Launch* launch,
                                   int argc, char** argv) {
     static Trainer trainer;
@@ -295,18 +352,19 @@ static inline int run_with_config(const Program* program, const Command* command
     Error err = {0, {0}};
     const char* argument = command->argument != NULL ? argv[1] : NULL;
     int used = argument != NULL ? 2 : 1;
-    bool training = command->run == command_train || command->run == command_plan;
+    bool training =
+        command->run != command_eval && command->run != command_sample && command->run != command_export;
     trainer_init(&trainer, program);
-    if (!config_load(run, argv[0], argc - used, argv + used, &err) ||
-        !layout_resolve(run, launch->rank, launch->size, &err) || !gpt_resolve(run, training, &err))
-        exit_with(&err);
+    if (!config_load(run, argv[0], argc - used, argv + used, &err)) exit_with(&err);
     gpt_choose_device(launch->local_rank);
     if (!meet(&trainer, launch, &err)) exit_with(&err);
+    bool ok = find_place(&trainer, command->run == command_plan, training, &err);
+    if (!agree(&trainer, &err) || !ok) end_with(&trainer, &err);
     if (run->parallel.threads > 0) omp_set_num_threads(run->parallel.threads);
-    bool ok = command->run(&trainer, argument, &err);
-    trainer_close(&trainer);
+    ok = command->run(&trainer, argument, &err);
     ok = ok && (command->run == command_train || flush_output(&err)); // a training run has its log
-    if (!ok) exit_with(&err);
+    if (!ok) end_with(&trainer, &err);
+    trainer_close(&trainer);
     return EXIT_OK;
 }
 

@@ -52,7 +52,7 @@ typedef struct {
         int data_parallel_size, tensor_parallel_size, pipeline_parallel_size, virtual_pipeline_size;
         int pipeline_schedule; // a PipelineSchedule
         int zero_stage;        // a ZeroStage
-        bool deterministic;
+        bool deterministic, automatic;
         int start_timeout; // seconds
     } parallel;
     Layout layout; // where this process is in it; not a knob
@@ -174,11 +174,13 @@ static const Knob knobs[] = {
     {"parallel", "virtual_pipeline_size", KNOB_INT, AT(parallel.virtual_pipeline_size), "1", 1, 1024, NULL,
         "GPU: parts of the model that a stage has, in turn with the others; more than 1: interleaved"},
     {"parallel", "pipeline_schedule", KNOB_CHOICE, AT(parallel.pipeline_schedule), "\"1f1b\"", 0, 0,
-        "afab|1f1b|interleaved|zero_bubble", "GPU: the order of a stage's forward and backward passes"},
+        "afab|1f1b|interleaved", "GPU: the order of a stage's forward and backward passes"},
     {"parallel", "zero_stage", KNOB_INT, AT(parallel.zero_stage), "1", 0, 3, NULL,
         "GPU: what data-parallel ranks share out: 1 optimizer state, 2 gradients too, 3 weights too"},
     {"parallel", "deterministic", KNOB_BOOL, AT(parallel.deterministic), "false", 0, 0, NULL,
         "GPU: gradients add up in the order of micro-batches: the same bits for any `data_parallel_size`"},
+    {"parallel", "automatic", KNOB_BOOL, AT(parallel.automatic), "false", 0, 0, NULL,
+        "GPU: takes the fastest layout that fits, by `layouts`; the sizes and `zero_stage` above do not count"},
     {"parallel", "start_timeout", KNOB_INT, AT(parallel.start_timeout), "300", 1, 86400, NULL,
         "seconds that ranks wait for each other at the start"},
     {"precision", "compute", KNOB_CHOICE, AT(precision.compute), "\"auto\"", 0, 0, "auto|fp32|tf32|bf16",

@@ -1,16 +1,17 @@
-// What a layout costs before it runs: the bytes that a rank sends in a step, the time of a step and how much of it
-// is communication that nothing hides, and which of all layouts of a number of GPUs is the fastest that fits.
+// What a layout costs before it runs: the bytes that a rank sends in a step, the time of a step and how much
+// of it is communication that nothing hides, and which layout is the fastest that fits.
 //
-// There is one description of a step here, the walk: it does what train_gpt.cu does, pass by pass and layer by layer,
-// in the same order, but where that starts a matmul or a collective this adds up seconds and bytes. A stage has, as
-// there, a queue of compute and one of communication; stages wait for what others send them.
+// There is one description of a step here, the walk: it does what train_gpt.cu does, pass by pass and layer
+// by layer, in the same order, but where that starts a matmul or a collective this adds up seconds and bytes.
+// A stage has, as there, a queue of compute and one of communication; stages wait for what others send them.
 //
 //     compute   | update 0 1 2 .. | f layer 0 | f layer 1 | ... | b layer 1 | b layer 0 | .. norm |
 //     dp comm     | gather 0 | gather 1 | ...                               | sum 1     | sum 0 |
 //
-// Left out: kernels other than matmuls, attention and the update (they are small beside them), and that a collective
-// takes some of the GPU from the matmuls beside it. Plain C.
+// Left out: kernels other than matmuls, attention and the update (they are small beside them), and that a
+// collective takes some of the GPU from the matmuls beside it. Plain C.
 #pragma once
+#include "llmc/utils.h"          // defines: malloc_check; first, as it asks for all of the C library
 #include "llmc/fit.h"            // defines: memory_needed
 #include "llmc/layout_resolve.h" // defines: layout_resolve
 #include "llmc/exact_sum.h"      // defines: ExactSum
@@ -35,8 +36,8 @@ typedef struct {
     double bubble, exposed; // shares of the step: compute, bubble and exposed add up to 1
 } LayoutCost;
 
-// An H100 in a DGX H100 (NVIDIA's data sheets): 60 % of 989 dense bf16 TFLOP/s, 80 % of 3.35 TB/s, NVLink with 450
-// GB/s and a 400 Gb/s InfiniBand port for each GPU, in each direction. 5 us a message is an assumption.
+// An H100 in a DGX H100 (NVIDIA's data sheets): 60 % of 989 dense bf16 TFLOP/s, 80 % of 3.35 TB/s, NVLink
+// with 450 GB/s and a 400 Gb/s InfiniBand port for each GPU, in each direction. 5 us a message is assumed.
 static inline LayoutRates layout_rates_h100(void) {
     LayoutRates r = {0.6 * 989.4e12, 0.8 * 3.35e12, 450e9, 50e9, 5e-6, 8, false};
     return r;
@@ -46,12 +47,9 @@ static inline LayoutRates layout_rates_h100(void) {
 // the walk of one stage
 
 enum PlanAxis { PLAN_TP, PLAN_DP, PLAN_PP, PLAN_TIED, PLAN_WORLD, NUM_PLAN_AXES };
-enum {
-    PLAN_WINDOWS = 4,
-    PLAN_PIECES = 2,
-    PLAN_ROW_PART_BYTES = 12
-};                                                     // train_gpt.cu, tensor_parallel.cuh, RowPart
-#define PLAN_LOGIT_BYTES ((double)((size_t)512 << 20)) // train_gpt.cu: LOGIT_BYTES
+// train_gpt.cu: NUM_WINDOWS, LOGIT_BYTES; tensor_parallel.cuh: TP_PIECES; classifier.cuh: RowPart
+enum { PLAN_WINDOWS = 4, PLAN_PIECES = 2, PLAN_ROW_PART_BYTES = 12 };
+#define PLAN_LOGIT_BYTES ((double)((size_t)512 << 20))
 
 typedef struct {
     const RunConfig* run;
@@ -66,14 +64,15 @@ typedef struct {
     double rows, weight_bytes, gradient_bytes; // of a micro-batch; of an element
     double link[NUM_PLAN_AXES], sent[NUM_PLAN_AXES];
     double now, comm, out[2], busy; // when each queue is free: compute, dp, links; seconds of compute
-    // of each window of ZeRO: the bucket whose weights are there, and when they are, were used, gradients summed
+    // of each window of ZeRO: the bucket whose weights are there, and when they are, were used, gradients
+    // summed
     int holds[PLAN_WINDOWS];
     double gathered[PLAN_WINDOWS], used[PLAN_WINDOWS], summed[PLAN_WINDOWS];
     double* ready; // (num_buckets) when a bucket's weights have come, ZeRO 1 and 2
 } StageWalk;
 
-// What a rank of an axis sends at. A ring that leaves the machine leaves it once for each of its members there, which
-// all have a port of their own: so many rings run at once.
+// What a rank of an axis sends at. A ring that leaves the machine leaves it once for each of its members
+// there, which all have a port of their own: so many rings run at once.
 static inline double axis_link(const LayoutRates* r, const Layout* l, int axis) {
     int stride = axis == PLAN_DP                        ? l->tp_size
                  : axis == PLAN_PP || axis == PLAN_TIED ? l->tp_size * l->dp_size
@@ -117,16 +116,16 @@ static inline double walk_send(StageWalk* w, int axis, double bytes, double mess
     return (w->costs >> axis & 1) == 0 ? 0 : bytes / w->link[axis] + messages * w->rates.latency;
 }
 
-// A ring over n ranks takes n - 1 messages of an n-th of the bytes each to gather or to reduce-scatter them, and both
-// to all-reduce (Patarasuk and Yuan, J. Parallel Distrib. Comput. 69, 2009).
+// A ring over n ranks takes n - 1 messages of an n-th of the bytes each to gather or to reduce-scatter them,
+// and both to all-reduce (Patarasuk and Yuan, J. Parallel Distrib. Comput. 69, 2009).
 static inline double walk_ring(StageWalk* w, int axis, int n, double bytes) {
     return n == 1 ? 0 : walk_send(w, axis, (n - 1.0) / n * bytes, n - 1);
 }
 
 static inline void walk_compute(StageWalk* w, double seconds) { w->now += seconds, w->busy += seconds; }
 
-// How a gather or scatter of (N, C) over tensor-parallel ranks goes with its matmul: there is none; in pieces, so that
-// half of it runs beside half of the matmul; behind all of the matmul; alone.
+// How a gather or scatter of (N, C) over tensor-parallel ranks goes with its matmul: there is none; in
+// pieces, so that half of it runs beside half of the matmul; behind all of the matmul; alone.
 enum TensorComm { TP_NONE, TP_IN_PIECES, TP_BEHIND, TP_ALONE };
 
 static inline void walk_matmul(StageWalk* w, double flops, enum TensorComm how) {
@@ -204,8 +203,8 @@ static inline void walk_reduce_gradients(StageWalk* w, int b, bool last_micro_ba
     if (w->windows) w->summed[walk_window(w, b)] = t;
 }
 
-// Weights from summed gradients, at the beginning of the step after; gathers run ahead of the passes that use them.
-// 36 bytes a parameter: planner.h.
+// Weights from summed gradients, at the beginning of the step after; gathers run ahead of the passes that use
+// them. 36 bytes a parameter: planner.h.
 static inline void walk_update(StageWalk* w) {
     int n = w->l.dp_size;
     for (int b = 0; b < walk_buckets(w); b++) {
@@ -270,7 +269,7 @@ static inline void walk_loss(StageWalk* w) {
 static inline void walk_block_backward(StageWalk* w, const WalkPass* pass, int l) {
     const RunConfig* run = w->run;
     bool gelu = run->precision.fused_gelu && w->c.family->activation == ACTIVATION_GELU_TANH;
-    bool kept = l == pass->end - 1 && w->l.pp_size == 1; // the last to write what all layers share
+    bool kept = l == pass->end - 1 && w->list.num_slots == 1; // the last to write what all layers share
     double qkv = product_flops(w, DIM_QKV, DIM_HIDDEN), fc = product_flops(w, DIM_FC, DIM_HIDDEN);
     double attproj = product_flops(w, DIM_HIDDEN, DIM_HEADS), fcproj = product_flops(w, DIM_HIDDEN, DIM_FF);
     walk_use_weights(w, 1 + l, l);
@@ -300,7 +299,8 @@ static inline void walk_chunk_backward(StageWalk* w, const WalkPass* pass) {
     if (first_bucket) walk_reduce_gradients(w, 0, pass->last_micro_batch);
 }
 
-// One operation of the stage's list, whose input arrives at a time. Returns when its result is at the neighbour.
+// One operation of the stage's list, whose input arrives at a time. Returns when its result is at the
+// neighbour.
 static inline double walk_operation(StageWalk* w, const PipelineOp* op, double arrives) {
     WalkPass pass;
     int global, stage = virtual_stage(&w->l, op->chunk), forward = op->kind == PIPELINE_FORWARD;
@@ -351,8 +351,8 @@ static inline LayoutTraffic layout_traffic(const RunConfig* run, const Layout* l
     return traffic;
 }
 
-// All that the lists allow until nothing moves: an operation is walked once its input is under way. arrives: of
-// [forward][virtual stage][micro-batch], INFINITY while it is not.
+// All that the lists allow until nothing moves: an operation is walked once its input is under way. arrives:
+// of [forward][virtual stage][micro-batch], INFINITY while it is not.
 static inline void walk_together(StageWalk* stages, int num_stages, double* const arrives[2]) {
     int M = stages[0].micro_batches, last = num_virtual_stages(&stages[0].l) - 1;
     for (bool moved = true; moved;) {
@@ -373,8 +373,8 @@ static inline void walk_together(StageWalk* stages, int num_stages, double* cons
     }
 }
 
-// Seconds from one step's sums to the next one's, at which all ranks wait for each other; *busy: those in which the
-// mean stage computes. Ranks of one stage do the same, so one of each is walked.
+// Seconds from one step's sums to the next one's, at which all ranks wait for each other; *busy: those in
+// which the mean stage computes. Ranks of one stage do the same, so one of each is walked.
 static inline double layout_period(const RunConfig* run, const Layout* l, const LayoutRates* rates,
                                    unsigned costs, double* busy) {
     int P = l->pp_size;
@@ -403,8 +403,8 @@ static inline double layout_period(const RunConfig* run, const Layout* l, const 
     return seconds;
 }
 
-// The same step four times: without communication; then pipeline, tensor and data parallelism's as well, so that each
-// has what it adds. run->parallel says the schedule, ZeRO and the rest.
+// The same step four times: without communication; then pipeline, tensor and data parallelism's as well, so
+// that each has what it adds. run->parallel says the schedule, ZeRO and the rest.
 static inline LayoutCost layout_cost(const RunConfig* run, const Layout* l, LayoutRates rates) {
     LayoutCost cost;
     double busy;
@@ -495,9 +495,9 @@ static inline void explain_choice(LayoutChoice* c, const LayoutChoice* best, uin
                  names[which], 100 * share);
 }
 
-// Every layout of `size` processes that run's model and batch can have, the fastest first, then those that do not fit
-// in memory_limit bytes (0: not known) a process. *count: room in out, then how many there are. False: none fits.
-// run->parallel and run->layout are then as the first one needs them, or as they were.
+// Every layout of `size` processes that run's model and batch can have, the fastest first, then those that do
+// not fit in memory_limit bytes (0: not known) a process. *count: room in out, then how many there are.
+// False: none fits. run->parallel and run->layout are then as the first one needs them, or as they were.
 static inline bool layout_search(RunConfig* run, int size, uint64_t memory_limit, LayoutRates rates,
                                  LayoutChoice out[], int* count) {
     RunConfig trial = *run;
@@ -580,7 +580,7 @@ static inline void layout_plan_print_at(const RunConfig* run, LayoutRates rates,
     LayoutCost cost = layout_cost(run, l, rates);
     fprintf(
         out,
-        "simulated    %.4g s a step: compute %.1f %%, bubble %.1f %%, communication that nothing hides %.1f %%\n"
+        "simulated    %.4g s a step: compute %.1f %%, bubble %.1f %%, exposed communication %.1f %%\n"
         "             (tensor %.1f, data %.1f, pipeline %.1f), with %.0f TFLOP/s, %.0f GB/s in a machine of "
         "%d,\n             %.0f GB/s a GPU between machines, %.0f us a message\n",
         cost.seconds, 100 * cost.compute / cost.seconds, 100 * cost.bubble, 100 * cost.exposed,

@@ -80,6 +80,11 @@ static inline bool layout_resolve(RunConfig* run, int rank, int size, Error* err
             size, tp, pp, dp != 0 ? " x data_parallel_size" : "", dp != 0 ? "" : "a multiple of ",
             tp * pp * (dp != 0 ? dp : 1));
     dp = size / (tp * pp);
+    if (pp == 1 && chunks > 1)
+        return fail(err, EXIT_CONFIG,
+                    "parallel.virtual_pipeline_size is %d without a pipeline: set it to 1, or "
+                    "parallel.pipeline_parallel_size to 2 or more",
+                    chunks);
     if (!check_tensor_parallel(run, tp, err)) return false;
     if (rows % (micro * dp) != 0) {
         int nearest = (rows + micro * dp - 1) / (micro * dp) * micro * dp;

@@ -20,6 +20,7 @@ typedef struct {
     char tokenizer_json[PATH_MAX]; // what checkpoints take along; "": no tokenizer
     int run_dir_fd;                // locked while training
     Control control, save_control; // the other processes; those of the threads that write checkpoints
+    bool agreed;                   // on the error that ends the run: the first process says it
     DataLoader train, validation;
     int eot_id; // begins every document in the shards; -1: not known
     TrainState state;
@@ -37,6 +38,12 @@ static inline void trainer_init(Trainer* t, const Program* program) {
     t->program = program, t->gpt = program->gpt;
     t->control.size = t->save_control.size = 1;
     t->bits_per_byte = NAN, t->metrics.fd = t->run_dir_fd = -1;
+}
+
+// False on all processes if something failed (err) on any.
+static inline bool agree(Trainer* t, Error* err) {
+    t->agreed = !control_agree(&t->control, err);
+    return !t->agreed;
 }
 
 // Waits for a checkpoint that is still being written.
@@ -101,7 +108,7 @@ static inline bool load_weights(Trainer* t, enum WeightsFrom* from, Error* err) 
         if (data.m != NULL) memset(data.m, 0, bytes), memset(data.v, 0, bytes);
         data.m = data.v = NULL;
         bool ok = checkpoint_load(load_from, &data, err);
-        if (!control_agree(&t->control, err) || !ok) return false;
+        if (!agree(t, err) || !ok) return false;
     }
     gpt_from_host(t->gpt);
     t->state = data.state;

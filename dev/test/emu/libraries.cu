@@ -120,15 +120,11 @@ static void refusals_of_nccl(float* x) {
     ncclConfig_t config;
     memset(&config, 0, sizeof config);
     ncclGetUniqueId(&id);
-    expect("two ranks", ncclCommInitRank(&comm, 2, id, 0), ncclInvalidUsage);
-    expect("and why", strstr(ncclGetLastError(NULL), "2 ranks") != NULL, true);
+    expect("too many ranks", ncclCommInitRank(&comm, 257, id, 0), ncclInvalidUsage);
+    expect("and why", strstr(ncclGetLastError(NULL), "257 ranks") != NULL, true);
     expect("a config of zeros", ncclCommInitRankConfig(&comm, 1, id, 0, &config), ncclInvalidArgument);
     expect("one rank", ncclCommInitRank(&comm, 1, id, 0), ncclSuccess);
     expect("a send that nobody receives", ncclSend(x, 4, ncclFloat, 0, comm, 0), ncclInvalidUsage);
-    ncclGroupStart();
-    ncclSend(x, 4, ncclFloat, 0, comm, 0);
-    ncclRecv(x + 8, 5, ncclFloat, 0, comm, 0);
-    expect("more to receive than is sent", ncclGroupEnd(), ncclInvalidUsage);
     ncclGroupStart();
     ncclAllReduce(x, NULL, 4, ncclFloat, ncclSum, comm, 0);
     expect("an error within a group", ncclGroupEnd(), ncclInvalidArgument);

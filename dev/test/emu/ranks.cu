@@ -425,6 +425,13 @@ static void case_crossed(void) {
             same("crossed", fetch(x[c], N, both[c]), wanted);
         }
     }
+    for (int k = 0; k < 2; k++) { // one communicator in two streams: the order of the calls is what counts
+        fill(x[k], N, rank, 0, both[k]);
+        OK(ncclAllReduce(x[k], x[k], N - (size_t)k, ncclInt32, ncclSum, comm, both[k]));
+    }
+    for (int k = 0; k < 2; k++) OK(cudaStreamSynchronize(both[(k + rank) % 2]));
+    wanted[N - 1] = value<int>(rank, N - 1);
+    same("the second of two streams", fetch(x[1], N, both[1]), wanted);
     for (int k = 0; k < 2; k++) OK(ncclCommDestroy(comms[(rank + k) % 2])), OK(cudaFree(x[k]));
 }
 
@@ -492,6 +499,15 @@ static void lose_rank(void) {
 
 static std::atomic<long> steps;
 static std::atomic<bool> aborted;
+static ncclComm_t second;   // has lost the same rank, and is aborted later
+static cudaStream_t beside; // where it waits
+static float* second_x;
+
+static void give_up(ncclComm_t comm) {
+    OK(ncclAllReduce(second_x, second_x, 1, ncclFloat32, ncclSum, second, beside));
+    aborted = true;
+    OK(ncclCommAbort(comm));
+}
 
 // Until a second has gone without a step: then what NCCL says of it, and the end of the communicator.
 static void watch(ncclComm_t comm) {
@@ -503,8 +519,7 @@ static void watch(ncclComm_t comm) {
     }
     OK(ncclCommGetAsyncError(comm, &state));
     expect("what is known", state, getenv("EMU_NCCL_DETECT") != NULL ? ncclRemoteError : ncclSuccess);
-    aborted = true;
-    OK(ncclCommAbort(comm));
+    give_up(comm);
 }
 
 // The others are a world of their own.
@@ -522,11 +537,12 @@ static void go_on(void) {
 // one asks, and aborts; `hang`: nobody does.
 static void case_killed(void) {
     enum { N = 100000 };
-    ncclComm_t comm = world(), second;
-    cudaStream_t stream = new_stream(), beside = new_stream();
+    ncclComm_t comm = world();
+    cudaStream_t stream = new_stream();
     cudaEvent_t event = new_event();
     float* x = device<float>(N);
     std::thread watcher;
+    second_x = device<float>(1), beside = new_stream();
     OK(ncclCommSplit(comm, 0, 0, &second, NULL));
     OK(cudaMemsetAsync(x, 0, N * sizeof *x, stream));
     if (rank == ranks - 1) lose_rank();
@@ -536,21 +552,16 @@ static void case_killed(void) {
         OK(cudaEventRecord(event, stream));
         while (is("poll") && quiet < 1000 && cudaEventQuery(event) == cudaErrorNotReady)
             quiet++, usleep(1000);
-        if (quiet == 1000) {
-            OK(ncclCommAbort(comm));
-            aborted = true;
-        } else {
-            OK(cudaStreamSynchronize(stream));
-            quiet = 0;
-        }
+        if (quiet == 1000) give_up(comm);
+        OK(cudaStreamSynchronize(stream));
+        quiet = 0;
     }
-    OK(cudaStreamSynchronize(stream));
-    OK(ncclAllReduce(x, x, N, ncclFloat32, ncclSum, second, beside)); // waits, too, until it is aborted
+    if (watcher.joinable()) watcher.join();
+    expect("the other one", cudaStreamQuery(beside), cudaErrorNotReady);
     OK(ncclCommAbort(second));
     OK(cudaDeviceSynchronize());
-    if (watcher.joinable()) watcher.join();
     expect("the end", ncclCommAbort(comm), ncclInvalidArgument);
-    OK(cudaFree(x));
+    OK(cudaFree(x)), OK(cudaFree(second_x));
     go_on();
 }
 
