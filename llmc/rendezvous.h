@@ -210,7 +210,8 @@ static inline bool meeting_accept(Meeting* m, Error* err) {
     for (int i = 0; i < CONTROL_ACCEPT_AT_ONCE && !meeting_full(m); i++) {
         if (m->num_pending == CONTROL_PENDING) meeting_forget(m, 0, true);
         int fd = accept(m->listener, NULL, NULL); // accept4 would need a macro before the first system header
-        if (fd >= 0 && (fcntl(fd, F_SETFL, O_NONBLOCK) != 0 || fcntl(fd, F_SETFD, FD_CLOEXEC) != 0)) close(fd), fd = -1;
+        if (fd >= 0 && (fcntl(fd, F_SETFL, O_NONBLOCK) != 0 || fcntl(fd, F_SETFD, FD_CLOEXEC) != 0))
+            close(fd), fd = -1;
         if (fd < 0 && (errno == EAGAIN || errno == EWOULDBLOCK)) return true;
         bool exhausted =
             fd < 0 && (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM);
