@@ -154,8 +154,9 @@ static void bench_kernels(int C, int norm, int activation) {
     floatX* logits = random_device((size_t)ROWS * (size_t)Vp, 1);
     int* targets = zeros<int>((size_t)N);
     float* losses = zeros<float>((size_t)N);
-    report_kernel("classifier, with gradient", 2.0 * ROWS * Vp * E,
-                  seconds_of([&] { classifier(losses, logits, targets, 1e-9f, ROWS, V, Vp, true, stream); }));
+    report_kernel("classifier, with gradient", 2.0 * ROWS * Vp * E, seconds_of([&] {
+                      classifier(losses, logits, targets, NULL, 1, 0, 1e-9f, ROWS, V, Vp, true, stream);
+                  }));
     CUDA_CHECK(cudaDeviceSynchronize());
     void* all[] = {x,    y,    z,       out,   weight,  fc,     act,     dfc,
                    mean, rstd, dweight, dbias, scratch, logits, targets, losses};

@@ -81,6 +81,47 @@ for seed in 1 2; do
 done
 
 # ----------------------------------------------------------------------------
+# what ranks send is what plan says
+
+# One more step sends so many bytes more: the busiest rank of each axis, against plan's lines.
+traffic() { # RANKS [KEY=VALUE ...]
+    local ranks=$1 steps
+    shift
+    local more=(data.validation= data.tokenizer= eval.every=0 "$@")
+    "$program" plan configs/tiny_llama.json "${data[@]}" "${small[@]}" "${more[@]}" >"$work/plan" 2>&1 || { cat "$work/plan"; return 1; }
+    rm -rf "$work"/traffic[23]
+    for steps in 2 3; do
+        EMU_NCCL_TRAFFIC=$work/sent$steps train traffic$steps "$ranks" "${more[@]}" schedule.max_steps=$steps || return 1
+    done
+    python3 - "$work" "$ranks" <<'PYTHON'
+import collections, re, sys
+work, ranks = sys.argv[1], int(sys.argv[2])
+axes = {0: "sums of the step", 1: "tensor parallel", 2: "data parallel", 3: "tensor parallel", 4: "tied embedding"}
+most = collections.Counter()
+for rank in range(ranks):
+    sent = collections.Counter()
+    for steps, sign in ((2, -1), (3, 1)):
+        for line in open(f"{work}/sent{steps}.{rank}"):
+            number, _, _, _, bytes = line.split()
+            sent[axes.get(int(number), "pipeline")] += sign * int(bytes)
+    for axis, bytes in sent.items():
+        most[axis] = max(most[axis], bytes)
+planned = {name.strip(): int(n.replace(",", "")) for name, n in
+           re.findall(r"^  ([a-z ]+?)  +([0-9,]+)$", open(f"{work}/plan").read().split("traffic  ")[1], re.M)}
+counted = {axis: bytes for axis, bytes in most.items() if bytes}
+print("planned", planned, "counted", counted)
+sys.exit(planned != counted)
+PYTHON
+}
+tp=parallel.tensor_parallel_size dp=parallel.data_parallel_size pp=parallel.pipeline_parallel_size
+check "traffic, tp 2" traffic 2 $dp=1 $tp=2
+check "traffic, tp 4 with 2 key/value heads" traffic 4 $dp=1 $tp=4 batch.recompute=block
+for zero in 0 1 2 3; do check "traffic, dp 2, ZeRO $zero" traffic 2 $dp=2 parallel.zero_stage=$zero; done
+check "traffic, dp 2, deterministic" traffic 2 $dp=2 parallel.deterministic=true
+check "traffic, pp 2, two chunks" traffic 2 $dp=1 $pp=2 parallel.virtual_pipeline_size=2 parallel.pipeline_schedule=interleaved
+check "traffic, tp 2 x dp 2 x pp 2, tied" traffic 8 $dp=2 $tp=2 $pp=2 parallel.zero_stage=2 model.tie_word_embeddings=true
+
+# ----------------------------------------------------------------------------
 # a run goes on in any layout
 
 goes_on() { # RANKS LAST STEP [KEY=VALUE ...]
