@@ -1532,6 +1532,7 @@ void decoder_create(Decoder* d, GPT* g, int capacity) {
     Arena arena = {NULL, 0};
     void* memory;
     memset(d, 0, sizeof *d);
+    CUDA_CHECK(cudaDeviceSynchronize()); // weights may still be being gathered
     d->gpt = g, d->capacity = capacity;
     decoder_lay_out(d, &arena);
     if (!allocate(&memory, arena.used, "sample", &err)) exit_with(&err);

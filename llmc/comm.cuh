@@ -15,17 +15,10 @@
 
 #ifdef USE_NCCL
 #include <nccl.h>
-#define NCCL_CHECK(call)                                                                                     \
-    do {                                                                                                     \
-        ncclResult_t status_ = (call);                                                                       \
-        if (status_ != ncclSuccess)                                                                          \
-            internal_error(__FILE__, __LINE__, "%s: %s", #call, ncclGetErrorString(status_));                \
-    } while (0)
 #else // one rank: the calls are there and never made
 typedef void* ncclComm_t;
 typedef int ncclDataType_t;
-enum { ncclFloat, ncclBfloat16, ncclInt64, ncclSum };
-#define NCCL_CHECK(call) CHECK(!"more than one rank without NCCL")
+enum { ncclFloat, ncclBfloat16, ncclInt64 };
 #endif
 
 enum Axis {
@@ -53,8 +46,6 @@ static const char* const axis_names[NUM_AXES] = {"world",
 typedef struct {
     ncclComm_t comm;
     int rank, size;
-    int axis;
-    double sent; // bytes that this rank sends in a ring or directly
 } Group;
 
 // What the last operations were, newest at (count - 1) % COMM_RECORDS.
@@ -62,7 +53,7 @@ enum { COMM_RECORDS = 256 };
 typedef struct {
     const char* what;
     int axis, layer;
-    size_t bytes;
+    size_t bytes; // of a rank's part
 } CommRecord;
 
 typedef struct {
@@ -79,32 +70,40 @@ template <typename X> static inline ncclDataType_t nccl_type(void) {
     return std::is_same_v<X, float> ? ncclFloat : std::is_same_v<X, long long> ? ncclInt64 : ncclBfloat16;
 }
 
-static inline Group* comm_record(Comm* c, int axis, const char* what, size_t bytes, double sent) {
-    Group* g = &c->group[axis];
+#ifdef USE_NCCL
+static inline void nccl_check(const Comm* c, ncclResult_t status, const char* file, int line) {
+    if (status == ncclSuccess) return;
+    const CommRecord* r = &c->records[(c->count + COMM_RECORDS - 1) % COMM_RECORDS];
+    internal_error(file, line, "rank %d: NCCL: %s; the last operation was %s of %zu bytes (%s, layer %d)",
+                   c->group[AXIS_WORLD].rank, ncclGetErrorString(status), r->what != NULL ? r->what : "none",
+                   r->bytes, axis_names[r->axis], r->layer);
+}
+#define NCCL_CHECK(c, call) nccl_check((c), (call), __FILE__, __LINE__)
+#else
+#define NCCL_CHECK(c, call) CHECK(!"more than one rank without NCCL")
+#endif
+
+static inline Group* comm_record(Comm* c, int axis, const char* what, size_t bytes) {
     CommRecord record = {what, axis, c->layer, bytes};
     c->records[c->count++ % COMM_RECORDS] = record;
-    g->sent += sent;
-    return g;
+    return &c->group[axis];
 }
 
 // data (n) = its sum over the group
 template <typename X>
 static inline void comm_all_reduce(Comm* c, int axis, X* data, size_t n, cudaStream_t stream) {
-    double size = c->group[axis].size;
     if (c->group[axis].size == 1 || n == 0) return;
-    Group* g =
-        comm_record(c, axis, "all-reduce", n * sizeof(X), 2 * (size - 1) / size * (double)(n * sizeof(X)));
-    NCCL_CHECK(ncclAllReduce(data, data, n, nccl_type<X>(), ncclSum, g->comm, stream));
-    (void)g, (void)stream;
+    Group* g = comm_record(c, axis, "all-reduce", n * sizeof(X));
+    NCCL_CHECK(c, ncclAllReduce(data, data, n, nccl_type<X>(), ncclSum, g->comm, stream));
+    (void)g, (void)data, (void)stream;
 }
 
 // data (size, n): every rank's part (n), from where it lies
 template <typename X>
 static inline void comm_all_gather(Comm* c, int axis, X* data, const X* part, size_t n, cudaStream_t stream) {
     if (c->group[axis].size == 1 || n == 0) return;
-    Group* g = comm_record(c, axis, "all-gather", n * sizeof(X),
-                           (double)(c->group[axis].size - 1) * (double)(n * sizeof(X)));
-    NCCL_CHECK(ncclAllGather(part, data, n, nccl_type<X>(), g->comm, stream));
+    Group* g = comm_record(c, axis, "all-gather", n * sizeof(X));
+    NCCL_CHECK(c, ncclAllGather(part, data, n, nccl_type<X>(), g->comm, stream));
     (void)g, (void)data, (void)part, (void)stream;
 }
 
@@ -113,31 +112,30 @@ template <typename X>
 static inline void comm_reduce_scatter(Comm* c, int axis, X* part, const X* data, size_t n,
                                        cudaStream_t stream) {
     if (c->group[axis].size == 1 || n == 0) return;
-    Group* g = comm_record(c, axis, "reduce-scatter", n * sizeof(X),
-                           (double)(c->group[axis].size - 1) * (double)(n * sizeof(X)));
-    NCCL_CHECK(ncclReduceScatter(data, part, n, nccl_type<X>(), ncclSum, g->comm, stream));
+    Group* g = comm_record(c, axis, "reduce-scatter", n * sizeof(X));
+    NCCL_CHECK(c, ncclReduceScatter(data, part, n, nccl_type<X>(), ncclSum, g->comm, stream));
     (void)g, (void)data, (void)part, (void)stream;
 }
 
 template <typename X>
 static inline void comm_send(Comm* c, int axis, const X* data, size_t n, int to, cudaStream_t stream) {
-    Group* g = comm_record(c, axis, "send", n * sizeof(X), (double)(n * sizeof(X)));
-    NCCL_CHECK(ncclSend(data, n, nccl_type<X>(), to, g->comm, stream));
+    Group* g = comm_record(c, axis, "send", n * sizeof(X));
+    NCCL_CHECK(c, ncclSend(data, n, nccl_type<X>(), to, g->comm, stream));
     (void)g, (void)data, (void)to, (void)stream;
 }
 template <typename X>
 static inline void comm_receive(Comm* c, int axis, X* data, size_t n, int from, cudaStream_t stream) {
-    Group* g = comm_record(c, axis, "receive", n * sizeof(X), 0);
-    NCCL_CHECK(ncclRecv(data, n, nccl_type<X>(), from, g->comm, stream));
+    Group* g = comm_record(c, axis, "receive", n * sizeof(X));
+    NCCL_CHECK(c, ncclRecv(data, n, nccl_type<X>(), from, g->comm, stream));
     (void)g, (void)data, (void)from, (void)stream;
 }
 
 // What stands between these is one operation.
 static inline void comm_begin(const Comm* c) {
-    if (c->group[AXIS_WORLD].size > 1) NCCL_CHECK(ncclGroupStart());
+    if (c->group[AXIS_WORLD].size > 1) NCCL_CHECK(c, ncclGroupStart());
 }
 static inline void comm_end(const Comm* c) {
-    if (c->group[AXIS_WORLD].size > 1) NCCL_CHECK(ncclGroupEnd());
+    if (c->group[AXIS_WORLD].size > 1) NCCL_CHECK(c, ncclGroupEnd());
 }
 
 // ----------------------------------------------------------------------------
@@ -148,14 +146,14 @@ static inline void comm_end(const Comm* c) {
 static inline void comm_split(Comm* c, int axis, int color, int key) {
     Group* g = &c->group[axis];
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
-    NCCL_CHECK(ncclCommSplit(c->group[AXIS_WORLD].comm, color, key, &g->comm, &config));
-    NCCL_CHECK(ncclCommCount(g->comm, &g->size));
-    NCCL_CHECK(ncclCommUserRank(g->comm, &g->rank));
+    NCCL_CHECK(c, ncclCommSplit(c->group[AXIS_WORLD].comm, color, key, &g->comm, &config));
+    NCCL_CHECK(c, ncclCommCount(g->comm, &g->size));
+    NCCL_CHECK(c, ncclCommUserRank(g->comm, &g->rank));
 }
 
-static inline bool comm_connect(Comm* c, const Layout* l, int kv_replicas_, Control* control, Error* err) {
+static inline bool comm_connect(Comm* c, const Layout* l, int replicas, Control* control, Error* err) {
     ncclUniqueId id;
-    if (l->rank == 0) NCCL_CHECK(ncclGetUniqueId(&id));
+    if (l->rank == 0) NCCL_CHECK(c, ncclGetUniqueId(&id));
     if (!control_broadcast(control, &id, sizeof id, err)) return false;
     ncclResult_t status = ncclCommInitRank(&c->group[AXIS_WORLD].comm, l->size, id, l->rank);
     if (status != ncclSuccess)
@@ -165,7 +163,7 @@ static inline bool comm_connect(Comm* c, const Layout* l, int kv_replicas_, Cont
     int stage = l->dp + l->dp_size * l->pp, column = l->tp + l->tp_size * l->dp;
     comm_split(c, AXIS_TP, stage, l->tp);
     comm_split(c, AXIS_DP, l->tp + l->tp_size * l->pp, l->dp);
-    comm_split(c, AXIS_KV, stage * l->tp_size + l->tp / kv_replicas_, l->tp);
+    comm_split(c, AXIS_KV, stage * l->tp_size + l->tp / replicas, l->tp);
     bool tied = l->pp == 0 || l->pp == l->pp_size - 1;
     comm_split(c, AXIS_TIED, tied ? column : l->size + l->rank, l->pp);
     for (int axis = AXIS_FORWARD; axis < NUM_AXES && l->pp_size > 1; axis++)
@@ -177,18 +175,18 @@ static inline bool comm_connect(Comm* c, const Layout* l, int kv_replicas_, Cont
 // Nothing is connected: where there is one process, nothing need be.
 static inline void comm_reset(Comm* c, const Layout* l) {
     memset(c, 0, sizeof *c);
-    for (int i = 0; i < NUM_AXES; i++) c->group[i].size = 1, c->group[i].axis = i;
+    for (int i = 0; i < NUM_AXES; i++) c->group[i].size = 1;
     c->group[AXIS_WORLD].size = l->size, c->group[AXIS_WORLD].rank = l->rank;
 }
 
 // control: open
-static inline bool comm_open(Comm* c, const Layout* l, int kv_replicas_, Control* control, Error* err) {
+static inline bool comm_open(Comm* c, const Layout* l, int replicas, Control* control, Error* err) {
     comm_reset(c, l);
     if (l->size == 1) return true;
 #ifdef USE_NCCL
-    return comm_connect(c, l, kv_replicas_, control, err);
+    return comm_connect(c, l, replicas, control, err);
 #else
-    (void)kv_replicas_, (void)control;
+    (void)replicas, (void)control;
     return fail(err, EXIT_CONFIG,
                 "%d processes were started and this program was built without NCCL: install it, "
                 "build again (NCCL_HOME=... says where it is), or start one process",
@@ -199,7 +197,7 @@ static inline bool comm_open(Comm* c, const Layout* l, int kv_replicas_, Control
 static inline void comm_close(Comm* c) {
 #ifdef USE_NCCL
     for (int i = NUM_AXES - 1; i >= 0; i--)
-        if (c->group[i].comm != NULL) NCCL_CHECK(ncclCommDestroy(c->group[i].comm));
+        if (c->group[i].comm != NULL) NCCL_CHECK(c, ncclCommDestroy(c->group[i].comm));
 #endif
     memset(c, 0, sizeof *c);
 }

@@ -100,10 +100,12 @@ static inline bool command_train(Trainer* t, const char* argument, Error* err) {
     print_start(t, resumed);
     log_start(t, resumed);
     bool ok = train_loop(t, err), done = t->state.step >= (uint64_t)run->schedule.max_steps;
-    if (ok && !done)
+    if (ok && !done) {
+        t->agreed = true;
         fail(err, EXIT_STOPPED,
              "stopped by signal %d at step %llu, which is saved; the same command goes on from there",
              stop_signal, (unsigned long long)t->state.step);
+    }
     log_stop(t, !ok ? "error" : done ? "done" : "signal", err);
     if (ok && done)
         printf("done: step %llu; model directory %s/checkpoints/step_%08llu\n",

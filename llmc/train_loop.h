@@ -121,6 +121,8 @@ static inline bool save_last(Trainer* t, bool ok, Error* err) {
     Error why = {0, {0}};
     if (diverged || !tried) finish_save_or_warn(t); // an earlier step's
     if (diverged || t->saved_step == t->state.step) return ok;
+    if (!ok && t->control.size > 1)
+        return false; // what failed here did not on the others: nobody saves alone
     if (!ok && tried && !t->saver.busy) return false; // what has failed is this
     if ((t->saver.busy || save(t, &why)) && finish_save(t, &why)) return ok;
     if (ok)
