@@ -102,9 +102,11 @@ static inline bool command_train(Trainer* t, const char* argument, Error* err) {
     bool ok = train_loop(t, err), done = t->state.step >= (uint64_t)run->schedule.max_steps;
     if (ok && !done) {
         t->agreed = true;
+        char which[32] = "a signal to another process";
+        if (stop_signal != 0) snprintf(which, sizeof which, "signal %d", stop_signal);
         fail(err, EXIT_STOPPED,
-             "stopped by signal %d at step %llu, which is saved; the same command goes on from there",
-             stop_signal, (unsigned long long)t->state.step);
+             "stopped by %s at step %llu, which is saved; the same command goes on from there", which,
+             (unsigned long long)t->state.step);
     }
     log_stop(t, !ok ? "error" : done ? "done" : "signal", err);
     if (ok && done)

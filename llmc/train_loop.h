@@ -89,14 +89,16 @@ static inline bool finish_save(Trainer* t, Error* err) {
     return true;
 }
 
-static inline void warn_of_no_checkpoint(uint64_t step, const Error* why) {
+// All processes save together and know why it failed; the first one says it.
+static inline void warn_of_no_checkpoint(const Trainer* t, uint64_t step, const Error* why) {
+    if (t->control.rank > 0) return;
     fprintf(stderr, "warning: no checkpoint at step %llu: %s\n", (unsigned long long)step, why->text);
 }
 
 // A full disk must not end a run that may go on for days: say it, keep training, try again when it is due.
 static inline void finish_save_or_warn(Trainer* t) {
     Error why = {0, {0}};
-    if (!finish_save(t, &why)) warn_of_no_checkpoint(t->saver.data.state.step, &why);
+    if (!finish_save(t, &why)) warn_of_no_checkpoint(t, t->saver.data.state.step, &why);
 }
 
 // Begins to write a checkpoint of the state as it is; without a copy of it, training stands still until that
@@ -125,10 +127,11 @@ static inline bool save_last(Trainer* t, bool ok, Error* err) {
         return false; // what failed here did not on the others: nobody saves alone
     if (!ok && tried && !t->saver.busy) return false; // what has failed is this
     if ((t->saver.busy || save(t, &why)) && finish_save(t, &why)) return ok;
+    t->agreed = ok;
     if (ok)
         *err = why;
     else
-        warn_of_no_checkpoint(t->state.step, &why);
+        warn_of_no_checkpoint(t, t->state.step, &why);
     return false;
 }
 
@@ -170,7 +173,7 @@ static inline bool after_step(Trainer* t, const Due* due, Error* err) {
             run->guard.max_skipped_steps, step);
     if (due->save && !save(t, err)) {
         if (step == (uint64_t)run->schedule.max_steps) return false;
-        warn_of_no_checkpoint(step, err);
+        warn_of_no_checkpoint(t, step, err);
         memset(err, 0, sizeof *err);
     }
     if (due->evaluate && !stop_alone(t) && !report_evaluation(t, err)) return false;

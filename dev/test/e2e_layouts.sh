@@ -164,6 +164,38 @@ round_trip() {
 check "weights survive 1, 2, 4, 8 and 1 processes to the bit" round_trip
 
 # ----------------------------------------------------------------------------
+# saving together
+
+# A disk that is full for one of them: all go on without that checkpoint, and it is said once.
+full_disk() {
+    rm -rf "$work/full"
+    LAUNCH_PATIENCE=5 timeout 60 dev/emu/launch -n 2 bash -c 'if [ $RANK = 1 ]; then trap "" XFSZ; ulimit -f 20; fi; exec "$@"' - \
+        "$program" configs/tiny_llama.json "${data[@]}" "${small[@]}" "log.run_dir=$work/full" checkpoint.every=2 \
+        model.hidden_size=64 >"$work/full.out" 2>&1
+    [ $? -eq 74 ] && [ "$(grep -c 'warning: no checkpoint at step 2: rank 1: cannot write' "$work/full.out")" = 1 ] &&
+        [ "$(grep -c 'error: ' "$work/full.out")" = 1 ] && [ -z "$(ls "$work/full/checkpoints")" ] || { cat "$work/full.out"; return 1; }
+}
+check "a disk that is full for one process" full_disk
+stop_one() {
+    rm -rf "$work/stop"
+    (train stop 2 schedule.max_steps=2000; echo "exit $?" >>"$work/stop.out") &
+    for _ in $(seq 300); do grep -q '^step' "$work/stop.out" 2>/dev/null && break; sleep 0.05; done
+    pkill -TERM -f "log.run_dir=$work/stop" -n
+    wait $!
+    grep -q 'exit 75' "$work/stop.out" && [ "$(grep -c 'error: stopped by' "$work/stop.out")" = 1 ] &&
+        [ -d "$(ls -d "$work"/stop/checkpoints/step_*)" ] || { cat "$work/stop.out"; return 1; }
+}
+check "a signal to one process stops all, behind a checkpoint" stop_one
+damaged() {
+    train damaged 2 checkpoint.every=2 || return 1
+    printf X | dd of="$(ls "$(step damaged 4)"/model-00002*)" bs=1 seek=3000 conv=notrunc status=none
+    train damaged 4 checkpoint.every=2 checkpoint.keep_last=9 || { cat "$work/damaged.out"; return 1; }
+    grep -q 'step_00000004 cannot be used' "$work/damaged.out" && grep -q 'checkpoints, step 2' "$work/damaged.out" &&
+        [ -d "$(step damaged 4).bad" ] && [ -d "$(step damaged 4)" ]
+}
+check "a damaged file of one process: all take the checkpoint before" damaged
+
+# ----------------------------------------------------------------------------
 # layouts that cannot run
 
 refused() { # RANKS 'regular expression' [KEY=VALUE ...]
