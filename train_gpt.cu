@@ -81,16 +81,16 @@ static const char* const memory_class_names[NUM_MEMORY_CLASSES] = {
 // What the backward pass needs of one block's forward pass. What batch.recompute does not keep is the same
 // memory in every layer, and computed once more before it is read.
 typedef struct {
-    floatX* ln1;                // (N, C)      recomputed from "norm" on
-    float *ln1_mean, *ln1_rstd; // (N) (N)
+    floatX* ln1;                // (NS, C)     recomputed from "norm" on
+    float *ln1_mean, *ln1_rstd; // (NS) (NS)
     floatX *qkv, *att;          // (N, QKV) (N, Q)  recomputed with "block"
     float* lse;                 // (B, NH, T)  "
-    floatX* residual2;          // (N, C)      "    behind attention
-    floatX* ln2;                // (N, C)      recomputed from "norm" on
-    float *ln2_mean, *ln2_rstd; // (N) (N)
+    floatX* residual2;          // (NS, C)     "    behind attention
+    floatX* ln2;                // (NS, C)     recomputed from "norm" on
+    float *ln2_mean, *ln2_rstd; // (NS) (NS)
     floatX* fc;                 // (N, FC)     recomputed with "block"; before the activation
     floatX* act;                // (N, FF)     recomputed from "activation" on
-    floatX* residual3;          // (N, C)      behind the MLP
+    floatX* residual3;          // (NS, C)     behind the MLP
 } LayerActivations;
 
 // Four arrays of integers for a micro-batch, one behind the other, so that one copy brings all of them.
@@ -181,7 +181,7 @@ struct GPT {
     // the host's side of a step
     Device device;
     cudaStream_t stream, copy_stream;
-    cudaEvent_t step_done, snapshot_done, staged[2];
+    cudaEvent_t step_done, snapshot_done;
     int *step_batch[2], *eval_batch; // pinned: the micro-batches of this step and of the next; one more
     int* order_counts;               // scratch of token_order
     int step_slot, step_micro_batches;
