@@ -85,7 +85,7 @@ for config in tiny_gpt2 tiny_llama; do
     train $config $config.through schedule.type=constant
     check "$config: a resume gives the bits of a run that never stopped" same $config.stopped/$last $config.through/$last
     for delay in 0.3 0.6 0.9; do
-        (timeout -s KILL $delay "$program" configs/$config.json "data.train=$work/data/train_*.bin" \
+        (timeout --foreground -s KILL $delay "$program" configs/$config.json "data.train=$work/data/train_*.bin" \
             "data.validation=$work/data/val_*.bin" "data.tokenizer=$work/data/tokenizer.json" \
             "log.run_dir=$work/$config.killed" "${small[@]}" ${heads[$config]} checkpoint.every=2; true) >/dev/null 2>&1
     done

@@ -169,9 +169,9 @@ check "weights survive 1, 2, 4, 8 and 1 processes to the bit" round_trip
 # A disk that is full for one of them: all go on without that checkpoint, and it is said once.
 full_disk() {
     rm -rf "$work/full"
-    LAUNCH_PATIENCE=5 timeout 60 dev/emu/launch -n 2 bash -c 'if [ $RANK = 1 ]; then trap "" XFSZ; ulimit -f 20; fi; exec "$@"' - \
+    LAUNCH_PATIENCE=5 timeout 60 dev/emu/launch -n 2 bash -c 'if [ $RANK = 1 ]; then trap "" XFSZ; ulimit -f 700; fi; exec "$@"' - \
         "$program" configs/tiny_llama.json "${data[@]}" "${small[@]}" "log.run_dir=$work/full" checkpoint.every=2 \
-        model.hidden_size=64 >"$work/full.out" 2>&1
+        model.hidden_size=128 model.intermediate_size=256 >"$work/full.out" 2>&1
     [ $? -eq 74 ] && [ "$(grep -c 'warning: no checkpoint at step 2: rank 1: cannot write' "$work/full.out")" = 1 ] &&
         [ "$(grep -c 'error: ' "$work/full.out")" = 1 ] && [ -z "$(ls "$work/full/checkpoints")" ] || { cat "$work/full.out"; return 1; }
 }

@@ -80,8 +80,8 @@ for config in tiny_gpt2 tiny_llama; do
             same $config/checkpoints/step_00000040 $config.$run/checkpoints/step_00000040
     done
     for delay in 0.05 0.15 0.25 0.4; do
-        # the subshell keeps bash from reporting the kill
-        (timeout -s KILL $delay ./train_gpt_cpu configs/$config.json "data.train=$work/data/train_*.bin" \
+        # the subshell keeps bash from reporting the kill; in the foreground, timeout waits for what it has killed
+        (timeout --foreground -s KILL $delay ./train_gpt_cpu configs/$config.json "data.train=$work/data/train_*.bin" \
             "data.validation=$work/data/val_*.bin" "data.tokenizer=$work/data/tokenizer.json" \
             "log.run_dir=$work/$config.killed" checkpoint.every=3; true) >/dev/null 2>&1
     done
