@@ -165,7 +165,8 @@ struct GPT {
     RowPart* row_parts;            // (tp, logit_rows)
     int logit_rows;
     float* column_scratch; // partial sums of bias and norm gradients
-    float* staging;        // (STAGING_ELEMENTS) state on its way to the host and back
+    float* staging;        // (staging_elements) state on its way to the host and back
+    size_t staging_elements;
     void *attention_scratch, *matmul_workspace;
     float* bias_scratch;
     Matmul matmul;
@@ -331,8 +332,12 @@ static void lay_out_scratch(GPT* g, Arena* arena, bool training) {
         size_t angles = (size_t)c->max_position_embeddings * (size_t)c->head_dim / 2;
         arena_take(&g->rope_cos, arena, angles), arena_take(&g->rope_sin, arena, angles);
     }
-    size_t bucket = larger(bucket_at(g, 0).size, larger(bucket_at(g, 1).size, window_size(g, WINDOW_AFTER)));
-    arena_take(&g->staging, arena, bucket < STAGING_ELEMENTS ? bucket : STAGING_ELEMENTS);
+    ParameterLayout all =
+        parameter_layout(&g->run->model); // a rank may write a tensor that it has no part of
+    g->staging_elements = 0;
+    for (int i = 0; i < NUM_TENSORS; i++) g->staging_elements = larger(g->staging_elements, all.size[i]);
+    if (g->staging_elements > STAGING_ELEMENTS) g->staging_elements = STAGING_ELEMENTS;
+    arena_take(&g->staging, arena, g->staging_elements);
     arena_take(&g->hidden, arena, NS * C);
     g->dnorm = g->hidden;
     for (int i = 0; i < 2; i++) {
@@ -1413,6 +1418,7 @@ static void copy_rectangle(GPT* g, float* tensor, size_t cols, const TensorPart*
 // One piece on its way: elements [at, at + n) of a part of tensor (id, layer), which a rank has from element `in_slice`
 // of its slice of bucket b on.
 typedef struct {
+    const ParameterLayout* whole;
     enum StateArray array;
     enum TensorId id;
     int layer, rank, owner, bucket;
@@ -1421,28 +1427,31 @@ typedef struct {
 } StatePiece;
 
 static void move_piece(GPT* g, const StatePiece* p, bool to_host) {
-    ParameterLayout whole = parameter_layout(&g->run->model);
+    const ParameterLayout* whole = p->whole;
     int me = g->place.rank;
-    if (me != p->rank && me != p->owner) return;
+    CHECK(p->n <= g->staging_elements);
     float* arrays[NUM_STATE_ARRAYS] = {g->host.params, g->host.m, g->host.v};
     float* tensor =
-        me != p->owner ? NULL : arrays[p->array] + (tensor_offset(&whole, p->id, p->layer) - g->host.begin);
+        me != p->owner ? NULL : arrays[p->array] + (tensor_offset(whole, p->id, p->layer) - g->host.begin);
     if (to_host && me == p->rank) stage(g, p->array, p->bucket, p->in_slice, p->n, true);
-    if (!to_host && me == p->owner) copy_rectangle(g, tensor, whole.cols[p->id], p->part, p->at, p->n, false);
+    if (!to_host && me == p->owner)
+        copy_rectangle(g, tensor, whole->cols[p->id], p->part, p->at, p->n, false);
     int from = to_host ? p->rank : p->owner, to = to_host ? p->owner : p->rank;
     if (from != to && me == from) comm_send(&g->comm, AXIS_WORLD, g->staging, p->n, to, g->copy_stream);
     if (from != to && me == to) comm_receive(&g->comm, AXIS_WORLD, g->staging, p->n, from, g->copy_stream);
-    if (to_host && me == p->owner) copy_rectangle(g, tensor, whole.cols[p->id], p->part, p->at, p->n, true);
+    if (to_host && me == p->owner) copy_rectangle(g, tensor, whole->cols[p->id], p->part, p->at, p->n, true);
     if (!to_host && me == p->rank) stage(g, p->array, p->bucket, p->in_slice, p->n, false);
 }
 
 // All that one rank (tp, dp, pp) has of a tensor. Everybody goes through all pieces in the same order.
 static void move_shard(GPT* g, enum StateArray array, enum TensorId id, int layer, int local, int rank,
-                       bool to_host) {
+                       const ParameterLayout* all, bool to_host) {
     const ModelConfig* whole = &g->run->model;
+    int owner = tensor_owner(all, tensor_offset(all, id, layer), g->place.size);
+    if (g->place.rank != rank && g->place.rank != owner) return;
     Layout l = layout_at(g->place, rank);
     ModelConfig config = model_part(whole, &l);
-    ParameterLayout layout = layout_parameters(&config, &l), all = parameter_layout(whole);
+    ParameterLayout layout = layout_parameters(&config, &l);
     int b = tensor_bucket(id, local, config.num_hidden_layers);
     Bucket bucket = parameter_bucket(&layout, config.num_hidden_layers, b);
     size_t share = bucket.size / (size_t)l.dp_size, begin = share * (size_t)l.dp;
@@ -1458,16 +1467,8 @@ static void move_shard(GPT* g, enum StateArray array, enum TensorId id, int laye
         if (end > begin + share) end = begin + share;
         for (size_t n; from < end; from += n) {
             n = end - from < STAGING_ELEMENTS ? end - from : STAGING_ELEMENTS;
-            StatePiece piece = {array,
-                                id,
-                                layer,
-                                rank,
-                                tensor_owner(&all, tensor_offset(&all, id, layer), l.size),
-                                b,
-                                &parts[k],
-                                from - begin,
-                                from - first,
-                                n};
+            StatePiece piece = {all, array,     id,           layer,        rank, owner,
+                                b,   &parts[k], from - begin, from - first, n};
             move_piece(g, &piece, to_host);
         }
     }
@@ -1485,7 +1486,7 @@ static void move_state(GPT* g, enum StateArray array, bool to_host) {
             bool twice = place == BEFORE_LAYERS && whole->tie_word_embeddings && l->pp_size > 1 && !to_host;
             for (int pp = stage; pp < l->pp_size; pp += twice ? l->pp_size - 1 : l->pp_size)
                 for (int r = layout_rank(l, 0, 0, pp); r < layout_rank(l, 0, 0, pp + 1); r++)
-                    move_shard(g, array, (enum TensorId)i, layer, local, r, to_host);
+                    move_shard(g, array, (enum TensorId)i, layer, local, r, &all, to_host);
         }
 }
 

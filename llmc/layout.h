@@ -156,16 +156,6 @@ static inline int tensor_parts(TensorPart parts[3], const ModelConfig* whole, co
 }
 
 // ----------------------------------------------------------------------------
-// data parallelism: which slice of a bucket's state a rank has
-
-// ZeRO 0 has no slices: everybody has everything.
-static inline Bucket bucket_slice(const Layout* l, Bucket bucket, int dp) {
-    Bucket slice = {bucket.begin + bucket.size / (size_t)l->dp_size * (size_t)dp,
-                    bucket.size / (size_t)l->dp_size};
-    return slice;
-}
-
-// ----------------------------------------------------------------------------
 // checkpoints: each process reads and writes whole tensors, so that what is in a checkpoint is the same in every
 // layout. Process r has those that begin in the r-th part of the whole model's memory.
 

@@ -73,6 +73,9 @@ for zero in 0 1 2 3; do
     check "ZeRO $zero" train zero$zero 4 parallel.zero_stage=$zero batch.global_batch_size=4
     [ $zero -eq 0 ] || check "ZeRO $zero: the bits of ZeRO 0" same zero0 zero$zero
 done
+for zero in 0 1 2 3; do check "ZeRO $zero, two micro-batches a rank" train twice$zero 4 parallel.zero_stage=$zero; done
+check "two micro-batches a rank: ZeRO 1 has the bits of ZeRO 0" same twice0 twice1
+check "two micro-batches a rank: ZeRO 3 has the bits of ZeRO 2" same twice2 twice3
 for seed in 1 2; do
     check "shuffled streams, seed $seed" env EMU_SEED=$seed dev/emu/launch -n 4 "$program" \
         configs/tiny_llama.json "${data[@]}" "${small[@]}" "log.run_dir=$work/seed$seed" batch.global_batch_size=4 \
@@ -162,6 +165,13 @@ round_trip() {
     cmp "$(step round1 2)/model.safetensors" "$(step trip1 2)/model.safetensors"
 }
 check "weights survive 1, 2, 4, 8 and 1 processes to the bit" round_trip
+
+# A head larger than all else is written by a stage that does not have it.
+big_head() {
+    train big4 4 "${big[@]}" parallel.pipeline_parallel_size=4 && train big1 1 "${big[@]}" && same big1 big4
+}
+big=(model.vocab_size=8192 schedule.max_steps=4)
+check "a stage writes what is larger than its own layers" big_head
 
 # ----------------------------------------------------------------------------
 # saving together

@@ -4,14 +4,7 @@
 #include <setjmp.h>
 #include <cmocka.h>
 
-// Nothing stays but what tells cmocka how to report.
-static void clear_environment(void) {
-    const char* output = getenv("CMOCKA_MESSAGE_OUTPUT");
-    char* copy = output != NULL ? strdup_check(output) : NULL;
-    clearenv();
-    if (copy != NULL) setenv("CMOCKA_MESSAGE_OUTPUT", copy, 1);
-    free(copy);
-}
+#include "dev/test/environment.h" // defines: clear_environment
 
 static Launch launch;
 static Error error;

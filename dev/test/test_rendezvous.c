@@ -9,14 +9,7 @@ static bool set_error(Error* err, int code, const char* text) { return fail(err,
 #include <setjmp.h>
 #include <cmocka.h>
 
-// Nothing stays but what tells cmocka how to report.
-static void clear_environment(void) {
-    const char* output = getenv("CMOCKA_MESSAGE_OUTPUT");
-    char* copy = output != NULL ? strdup_check(output) : NULL;
-    clearenv();
-    if (copy != NULL) setenv("CMOCKA_MESSAGE_OUTPUT", copy, 1);
-    free(copy);
-}
+#include "dev/test/environment.h" // defines: clear_environment
 
 // ----------------------------------------------------------------------------
 // ranks as processes; what they found comes back through memory that all share
