@@ -197,7 +197,7 @@ stop_one() {
 }
 check "a signal to one process stops all, behind a checkpoint" stop_one
 damaged() {
-    train damaged 2 checkpoint.every=2 || return 1
+    train damaged 2 checkpoint.every=2 || { cat "$work/damaged.out"; return 1; }
     printf X | dd of="$(ls "$(step damaged 4)"/model-00002*)" bs=1 seek=3000 conv=notrunc status=none
     train damaged 4 checkpoint.every=2 checkpoint.keep_last=9 || { cat "$work/damaged.out"; return 1; }
     grep -q 'step_00000004 cannot be used' "$work/damaged.out" && grep -q 'checkpoints, step 2' "$work/damaged.out" &&
