@@ -129,6 +129,7 @@ typedef struct {
     Slot* slot;
     int first, end; // layers [first, end) of this stage
     bool embedding, head, last_micro_batch;
+    bool weights_later; // a backward pass that leaves the gradients of the layers' matrices to another one
 } Pass;
 
 struct GPT {
@@ -141,6 +142,7 @@ struct GPT {
     int recompute;       // a Recompute
     int zero;            // a ZeroStage; nothing is shared out by one rank
     bool grad_windows, deterministic;
+    bool split_backward; // the zero-bubble schedule
     bool fused_gelu, moments_bf16, gradients_bf16, split_master;
     floatX* params;      // every bucket, or (ZeRO 3) a slice of each
     int16_t* remainder;  // the low halves of the fp32 master weights; NULL where the weights are the master
@@ -312,10 +314,10 @@ static void lay_out_shared_scratch(GPT* g, Arena* arena, bool training) {
     g->attention_scratch = attention;
     if (training) {
         arena_take(&g->datt, arena, N * model_dim(c, DIM_HEADS));
-        arena_take(&g->dqkv, arena, N * model_dim(c, DIM_QKV));
+        if (!g->split_backward) arena_take(&g->dqkv, arena, N * model_dim(c, DIM_QKV));
         end = larger(end, arena->used), arena->used = begin;
         if (!g->fused_gelu) arena_take(&g->dact, arena, N * model_dim(c, DIM_FF));
-        arena_take(&g->dfc, arena, N * model_dim(c, DIM_FC));
+        if (!g->split_backward) arena_take(&g->dfc, arena, N * model_dim(c, DIM_FC));
     }
     arena->used = larger(end, arena->used);
 }
@@ -350,6 +352,9 @@ static void lay_out_scratch(GPT* g, Arena* arena, bool training) {
         arena_take(&g->column_scratch, arena,
                    larger(norm_backward_scratch((int)C), column_sums_scratch((int)widest)));
     }
+    if (g->split_backward) // these change places with activations: see keep_for_weights
+        arena_take(&g->dqkv, arena, N * model_dim(c, DIM_QKV)),
+            arena_take(&g->dfc, arena, N * model_dim(c, DIM_FC));
     lay_out_shared_scratch(g, arena, training);
 }
 
@@ -440,6 +445,7 @@ static void gpt_configure(GPT* g, const RunConfig* run, int B, int T, bool train
         g->list_micro_batches = micro_batches > 0 ? micro_batches : 1;
         g->list = pass_list(g, g->list_micro_batches);
         g->num_slots = g->list.num_slots;
+        g->split_backward = run->parallel.pipeline_schedule == PIPELINE_ZERO_BUBBLE;
     }
     g->slots = (Slot*)calloc_check((size_t)g->num_slots, sizeof *g->slots);
     for (int i = 0; i < g->num_slots; i++)
@@ -842,6 +848,17 @@ static void block_recompute(GPT* g, const Pass* pass, int l, int B) {
     }
 }
 
+// Of a pass that puts weight gradients off: what one needs besides the activations, in the place of activations that
+// nobody will read. The residual stream's gradient, which the next norm changes, is copied; `gradient` changes places.
+static void keep_for_weights(GPT* g, const Pass* pass, floatX* residual, floatX** activations,
+                             floatX** gradient) {
+    size_t bytes = shard_rows(g) * model_dim(&g->config, DIM_HIDDEN) * sizeof(floatX);
+    floatX* kept = *gradient;
+    if (!pass->weights_later) return;
+    CUDA_CHECK(cudaMemcpyAsync(residual, g->dresidual, bytes, cudaMemcpyDeviceToDevice, g->stream));
+    *gradient = *activations, *activations = kept;
+}
+
 template <typename Grad> static void block_backward(GPT* g, const Pass* pass, int l, int B) {
     const ModelConfig* c = &g->config;
     int T = g->T, N = B * T, C = c->hidden_size, NH = c->num_attention_heads, NKV = c->num_key_value_heads;
@@ -861,27 +878,50 @@ template <typename Grad> static void block_backward(GPT* g, const Pass* pass, in
     use_weights(g, 1 + l, l);
     begin_gradients(g, 1 + l);
     Parameters<floatX> p = weights_of(g, l);
-    Parameters<Grad> dp = gradients_of<Grad>(g, l);
+    Parameters<Grad> dp = gradients_of<Grad>(g, l), none = {}, dw = pass->weights_later ? none : dp;
     block_recompute(g, pass, l, B);
-    mlp_backward(g, a, dp, p, N);
+    mlp_backward(g, a, dw, p, N);
     if (norms_again)
         norm_forward(a->ln2, a->ln2_mean, a->ln2_rstd, a->residual2, p.ln2w, p.ln2b, NS, C, eps, norm,
                      stream);
-    column_parallel_backward(g->dnorm, dp.fcw, dp.fcb, g->dfc, a->ln2, p.fcw, N, C, FC, mm, tp);
+    column_parallel_backward(g->dnorm, dw.fcw, dw.fcb, g->dfc, a->ln2, p.fcw, N, C, FC, mm, tp);
+    keep_for_weights(g, pass, a->residual3, &a->fc, &g->dfc);
     norm_backward(g->dresidual, dp.ln2w, dp.ln2b, g->column_scratch, g->dnorm, a->residual2, p.ln2w,
                   a->ln2_mean, a->ln2_rstd, NS, C, norm, stream);
 
-    row_parallel_backward(g->datt, dp.attprojw, dp.attprojb, g->dresidual, a->att, p.attprojw, N, Q, C, mm,
+    row_parallel_backward(g->datt, dw.attprojw, dw.attprojb, g->dresidual, a->att, p.attprojw, N, Q, C, mm,
                           tp);
     attention_backward(g->dqkv, g->attention_scratch, g->datt, a->qkv, a->att, a->lse, starts, B, T, NH, NKV,
                        HS, stream);
     if (g->rope_cos != NULL) rope_backward(g->dqkv, g->rope_cos, g->rope_sin, 0, B, T, NH, NKV, HS, stream);
     if (norms_again)
         norm_forward(a->ln1, a->ln1_mean, a->ln1_rstd, residual, p.ln1w, p.ln1b, NS, C, eps, norm, stream);
-    column_parallel_backward(g->dnorm, dp.qkvw, dp.qkvb, g->dqkv, a->ln1, p.qkvw, N, C, QKV, mm, tp);
+    column_parallel_backward(g->dnorm, dw.qkvw, dw.qkvb, g->dqkv, a->ln1, p.qkvw, N, C, QKV, mm, tp);
+    keep_for_weights(g, pass, a->residual2, &a->qkv, &g->dqkv);
     norm_backward(g->dresidual, dp.ln1w, dp.ln1b, g->column_scratch, g->dnorm, residual, p.ln1w, a->ln1_mean,
                   a->ln1_rstd, NS, C, norm, stream);
     done_with_weights(g, 1 + l);
+    if (!pass->weights_later) reduce_gradients<Grad>(g, 1 + l, pass->last_micro_batch);
+    nvtxRangePop();
+}
+
+// What a pass with weights_later left out: the gradients of a layer's matrices and their biases.
+template <typename Grad> static void block_weight_gradients(GPT* g, const Pass* pass, int l) {
+    const ModelConfig* c = &g->config;
+    int N = (int)rows_of(g), C = c->hidden_size, FF = c->intermediate_size, FC = (int)model_dim(c, DIM_FC);
+    int Q = (int)model_dim(c, DIM_HEADS), QKV = (int)model_dim(c, DIM_QKV);
+    Parameters<Grad> dp = gradients_of<Grad>(g, l);
+    LayerActivations* a = activations_of(pass, l);
+    const floatX *dfcproj = a->residual3, *dfc = a->fc, *dattproj = a->residual2, *dqkv = a->qkv;
+    Matmul* mm = &g->matmul;
+    TensorParallel* tp = &g->tp;
+
+    nvtxRangePushA("block_weight_gradients");
+    g->comm.layer = l;
+    row_parallel_weight_gradient(dp.fcprojw, dp.fcprojb, dfcproj, a->act, N, FF, C, mm, tp);
+    column_parallel_weight_gradient(dp.fcw, dp.fcb, dfc, a->ln2, N, C, FC, mm, tp);
+    row_parallel_weight_gradient(dp.attprojw, dp.attprojb, dattproj, a->att, N, Q, C, mm, tp);
+    column_parallel_weight_gradient(dp.qkvw, dp.qkvb, dqkv, a->ln1, N, C, QKV, mm, tp);
     reduce_gradients<Grad>(g, 1 + l, pass->last_micro_batch);
     nvtxRangePop();
 }
@@ -949,6 +989,7 @@ static Pass pass_of(GPT* g, const PipelineOp* op, int micro_batches) {
     pass.slot = &g->slots[op->slot];
     pass.embedding = stage == 0, pass.head = stage == num_virtual_stages(&g->place) - 1;
     pass.last_micro_batch = op->micro_batch == micro_batches - 1;
+    pass.weights_later = op->kind == PIPELINE_BACKWARD_INPUT;
     return pass;
 }
 
@@ -981,12 +1022,30 @@ template <typename Grad> static void backward_pass(GPT* g, const Pass* pass) {
     if (!pass->head)
         receive_from(g, GRADIENTS_IN, g->dresidual, link_axis(g, AXIS_BACKWARD, g->place.pp), after, n,
                      g->gradient_free[turn], g->gradient_received[turn]);
+    if (!pass->head) CUDA_CHECK(cudaStreamWaitEvent(g->stream, pass->slot->sent, 0));
     chunk_backward<Grad>(g, pass, g->B);
     CUDA_CHECK(cudaEventRecord(pass->slot->read, g->stream));
     if (!pass->embedding)
         send_to(g, GRADIENTS_OUT, g->dresidual, link_axis(g, AXIS_BACKWARD, before), before, n);
     CUDA_CHECK(
         cudaEventRecord(g->gradient_free[turn], pass->embedding ? g->stream : g->links[GRADIENTS_OUT]));
+}
+
+// Any operation of the schedule's list.
+template <typename Grad> static void run_pass(GPT* g, const PipelineOp* op, const int* batch) {
+    Pass pass = pass_of(g, op, g->step_micro_batches);
+    switch (op->kind) {
+    case PIPELINE_FORWARD:
+        forward_pass(g, &pass, batch, g->B);
+        break;
+    case PIPELINE_BACKWARD:
+    case PIPELINE_BACKWARD_INPUT:
+        backward_pass<Grad>(g, &pass);
+        break;
+    case PIPELINE_BACKWARD_WEIGHT:
+        for (int l = pass.end - 1; l >= pass.first; l--) block_weight_gradients<Grad>(g, &pass, l);
+        break;
+    }
 }
 
 // Forward, loss and backward of the micro-batch in the first slot: all of a step's passes where there is one stage.
@@ -1037,13 +1096,11 @@ static void run_passes(GPT* g) {
     }
     for (int i = 0; i < g->list.count; i++) {
         const PipelineOp* op = &g->list.ops[i];
-        Pass pass = pass_of(g, op, g->step_micro_batches);
-        if (op->kind == PIPELINE_FORWARD)
-            forward_pass(g, &pass, batches + (size_t)op->micro_batch * micro_batch, g->B);
-        else if (g->gradients_bf16)
-            backward_pass<__nv_bfloat16>(g, &pass);
+        const int* batch = batches + (size_t)op->micro_batch * micro_batch;
+        if (g->gradients_bf16)
+            run_pass<__nv_bfloat16>(g, op, batch);
         else
-            backward_pass<float>(g, &pass);
+            run_pass<float>(g, op, batch);
     }
 }
 

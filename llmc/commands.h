@@ -2,7 +2,7 @@
 #pragma once
 #include "llmc/checkpoint_tool.h" // defines: checkpoint_verify, checkpoint_info, checkpoint_diff
 #include "llmc/fit.h"             // defines: check_memory
-#include "llmc/layout_plan.h"     // defines: layout_search, layout_print, layout_plan_print
+#include "llmc/layout_search.h"   // defines: layout_search, layout_print, layout_plan_print
 #include "llmc/layout_resolve.h"  // defines: layout_resolve
 #include "llmc/train_loop.h"      // defines: Trainer, train_loop, evaluate, generate
 #include "llmc/verify.h"          // defines: verify_layouts

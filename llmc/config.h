@@ -174,7 +174,7 @@ static const Knob knobs[] = {
     {"parallel", "virtual_pipeline_size", KNOB_INT, AT(parallel.virtual_pipeline_size), "1", 1, 1024, NULL,
         "GPU: parts of the model that a stage has, in turn with the others; more than 1: interleaved"},
     {"parallel", "pipeline_schedule", KNOB_CHOICE, AT(parallel.pipeline_schedule), "\"1f1b\"", 0, 0,
-        "afab|1f1b|interleaved", "GPU: the order of a stage's forward and backward passes"},
+        "afab|1f1b|interleaved|zero_bubble", "GPU: the order of a stage's forward and backward passes"},
     {"parallel", "zero_stage", KNOB_INT, AT(parallel.zero_stage), "1", 0, 3, NULL,
         "GPU: what data-parallel ranks share out: 1 optimizer state, 2 gradients too, 3 weights too"},
     {"parallel", "deterministic", KNOB_BOOL, AT(parallel.deterministic), "false", 0, 0, NULL,

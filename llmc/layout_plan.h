@@ -1,5 +1,5 @@
 // What a layout costs before it runs: the bytes that a rank sends in a step, the time of a step and how much
-// of it is communication that nothing hides, and which layout is the fastest that fits.
+// of it is communication that nothing hides. Which layout is the fastest: llmc/layout_search.h.
 //
 // There is one description of a step here, the walk: it does what train_gpt.cu does, pass by pass and layer
 // by layer, in the same order, but where that starts a matmul or a collective this adds up seconds and bytes.
@@ -12,7 +12,6 @@
 // collective takes some of the GPU from the matmuls beside it. Plain C.
 #pragma once
 #include "llmc/utils.h"          // defines: malloc_check; first, as it asks for all of the C library
-#include "llmc/fit.h"            // defines: memory_needed
 #include "llmc/layout_resolve.h" // defines: layout_resolve
 #include "llmc/exact_sum.h"      // defines: ExactSum
 
@@ -221,7 +220,7 @@ static inline void walk_update(StageWalk* w) {
 
 typedef struct {
     int first, end;
-    bool embedding, head, last_micro_batch;
+    bool embedding, head, last_micro_batch, weights_later;
 } WalkPass;
 
 // Causal attention: each query meets T / 2 keys, 2 multiply-adds forward and 4 backward (flops.h).
@@ -268,6 +267,7 @@ static inline void walk_loss(StageWalk* w) {
 
 static inline void walk_block_backward(StageWalk* w, const WalkPass* pass, int l) {
     const RunConfig* run = w->run;
+    bool whole = !pass->weights_later;
     bool gelu = run->precision.fused_gelu && w->c.family->activation == ACTIVATION_GELU_TANH;
     bool kept = l == pass->end - 1 && w->list.num_slots == 1; // the last to write what all layers share
     double qkv = product_flops(w, DIM_QKV, DIM_HIDDEN), fc = product_flops(w, DIM_FC, DIM_HIDDEN);
@@ -276,12 +276,23 @@ static inline void walk_block_backward(StageWalk* w, const WalkPass* pass, int l
     walk_begin_gradients(w, 1 + l);
     if (run->batch.recompute == RECOMPUTE_BLOCK && !kept) walk_inside(w);
     walk_matmul(w, fcproj, gelu ? TP_ALONE : TP_IN_PIECES); // gradient of the input, then of the weight
-    walk_matmul(w, fcproj, TP_NONE);
-    walk_matmul(w, fc, TP_BEHIND), walk_matmul(w, fc, TP_BEHIND);
-    walk_matmul(w, attproj, TP_IN_PIECES), walk_matmul(w, attproj, TP_NONE);
+    if (whole) walk_matmul(w, fcproj, TP_NONE);
+    walk_matmul(w, fc, whole ? TP_BEHIND : TP_ALONE);
+    if (whole) walk_matmul(w, fc, TP_BEHIND);
+    walk_matmul(w, attproj, TP_IN_PIECES);
+    if (whole) walk_matmul(w, attproj, TP_NONE);
     walk_matmul(w, 2 * attention_flops(w), TP_NONE);
-    walk_matmul(w, qkv, TP_BEHIND), walk_matmul(w, qkv, TP_BEHIND);
+    walk_matmul(w, qkv, whole ? TP_BEHIND : TP_ALONE);
+    if (whole) walk_matmul(w, qkv, TP_BEHIND);
     w->used[walk_window(w, 1 + l)] = w->now;
+    if (whole) walk_reduce_gradients(w, 1 + l, pass->last_micro_batch);
+}
+
+static inline void walk_block_weights(StageWalk* w, const WalkPass* pass, int l) {
+    walk_matmul(w, product_flops(w, DIM_HIDDEN, DIM_FF), TP_ALONE);
+    walk_matmul(w, product_flops(w, DIM_FC, DIM_HIDDEN), TP_ALONE);
+    walk_matmul(w, product_flops(w, DIM_HIDDEN, DIM_HEADS), TP_ALONE);
+    walk_matmul(w, product_flops(w, DIM_QKV, DIM_HIDDEN), TP_ALONE);
     walk_reduce_gradients(w, 1 + l, pass->last_micro_batch);
 }
 
@@ -299,15 +310,20 @@ static inline void walk_chunk_backward(StageWalk* w, const WalkPass* pass) {
     if (first_bucket) walk_reduce_gradients(w, 0, pass->last_micro_batch);
 }
 
-// One operation of the stage's list, whose input arrives at a time. Returns when its result is at the
-// neighbour.
+// One operation of the stage's list, whose input arrives at a time. Returns when its result, if it sends one, is
+// at the neighbour.
 static inline double walk_operation(StageWalk* w, const PipelineOp* op, double arrives) {
     WalkPass pass;
     int global, stage = virtual_stage(&w->l, op->chunk), forward = op->kind == PIPELINE_FORWARD;
     chunk_layers(&w->l, &w->run->model, op->chunk, &pass.first, &pass.end, &global);
     pass.embedding = stage == 0, pass.head = stage == num_virtual_stages(&w->l) - 1;
     pass.last_micro_batch = op->micro_batch == w->micro_batches - 1;
+    pass.weights_later = op->kind == PIPELINE_BACKWARD_INPUT;
     w->now = fmax(w->now, arrives);
+    if (op->kind == PIPELINE_BACKWARD_WEIGHT) {
+        for (int l = pass.end - 1; l >= pass.first; l--) walk_block_weights(w, &pass, l);
+        return w->now;
+    }
     if (forward)
         walk_chunk_forward(w, &pass);
     else
@@ -362,11 +378,12 @@ static inline void walk_together(StageWalk* stages, int num_stages, double* cons
             for (; w->done < w->list.count; w->done++, moved = true) {
                 const PipelineOp* op = &w->list.ops[w->done];
                 int stage = virtual_stage(&w->l, op->chunk), m = op->micro_batch;
-                bool forward = op->kind == PIPELINE_FORWARD, edge = stage == (forward ? 0 : last);
-                double start = edge ? 0 : arrives[forward][stage * M + m];
+                bool forward = op->kind == PIPELINE_FORWARD, weights = op->kind == PIPELINE_BACKWARD_WEIGHT;
+                bool first = weights || stage == (forward ? 0 : last);
+                double start = first ? 0 : arrives[forward][stage * M + m];
                 if (start == INFINITY) break;
                 double end = walk_operation(w, op, start);
-                if (stage != (forward ? last : 0))
+                if (!weights && stage != (forward ? last : 0))
                     arrives[forward][(stage + (forward ? 1 : -1)) * M + m] = end;
             }
         }
@@ -417,184 +434,4 @@ static inline LayoutCost layout_cost(const RunConfig* run, const Layout* l, Layo
     cost.dp = cost.seconds - with_tp;
     cost.bubble = (alone - busy) / cost.seconds, cost.exposed = (cost.seconds - alone) / cost.seconds;
     return cost;
-}
-
-// ----------------------------------------------------------------------------
-// search
-
-typedef struct {
-    Layout layout; // of rank 0
-    int zero;
-    uint64_t memory; // of the fullest stage
-    bool fits;
-    LayoutCost cost;  // zeros where it does not fit
-    char reason[112]; // why it is not the first
-} LayoutChoice;
-
-static inline uint64_t stage_memory(const RunConfig* run, int stage) {
-    RunConfig there = *run;
-    there.layout = layout_at(run->layout, layout_rank(&run->layout, 0, 0, stage));
-    return memory_needed(&there, true);
-}
-static inline uint64_t fullest_stage(const RunConfig* run) {
-    uint64_t most = 0;
-    for (int p = 0; p < run->layout.pp_size; p++) {
-        uint64_t bytes = stage_memory(run, p);
-        most = bytes > most ? bytes : most;
-    }
-    return most;
-}
-
-static inline bool better_choice(const LayoutChoice* a, const LayoutChoice* b) {
-    if (a->fits != b->fits) return a->fits;
-    return a->fits ? a->cost.seconds < b->cost.seconds : a->memory < b->memory;
-}
-
-// The layout that run's sizes give, with what it costs, to its place among the others.
-static inline void add_choice(const RunConfig* run, uint64_t limit, const LayoutRates* rates,
-                              LayoutChoice* out, int room, int* count) {
-    LayoutChoice choice;
-    memset(&choice, 0, sizeof choice);
-    choice.layout = run->layout, choice.zero = run->parallel.zero_stage;
-    choice.memory = fullest_stage(run), choice.fits = limit == 0 || choice.memory <= limit;
-    if (choice.fits) choice.cost = layout_cost(run, &run->layout, *rates);
-    if (*count == room && !better_choice(&choice, &out[room - 1])) return;
-    int at = *count < room ? (*count)++ : room - 1;
-    for (; at > 0 && better_choice(&choice, &out[at - 1]); at--) out[at] = out[at - 1];
-    out[at] = choice;
-}
-
-static inline const char* gigabytes(char out[16], uint64_t bytes) {
-    double gb = (double)bytes / 1e9;
-    snprintf(out, 16, gb < 10 ? "%.2f" : "%.0f", gb);
-    return out;
-}
-
-// What it loses more of than the best one does, by its share of its own step.
-static inline void explain_choice(LayoutChoice* c, const LayoutChoice* best, uint64_t limit) {
-    static const char* const names[] = {"compute", "bubble", "tensor-parallel communication",
-                                        "data-parallel communication", "pipeline communication"};
-    char needed[16], there[16];
-    if (!c->fits) {
-        snprintf(c->reason, sizeof c->reason, "does not fit: %s GB of %s", gigabytes(needed, c->memory),
-                 gigabytes(there, limit));
-        return;
-    }
-    double slower = c->cost.seconds / best->cost.seconds - 1, most = -INFINITY, share = 0;
-    double mine[] = {c->cost.compute, c->cost.bubble * c->cost.seconds, c->cost.tp, c->cost.dp, c->cost.pp};
-    double its[] = {best->cost.compute, best->cost.bubble * best->cost.seconds, best->cost.tp, best->cost.dp,
-                    best->cost.pp};
-    int which = 0;
-    for (int i = 0; i < 5; i++)
-        if (mine[i] - its[i] > most) most = mine[i] - its[i], share = mine[i] / c->cost.seconds, which = i;
-    if (slower < 0.0005)
-        snprintf(c->reason, sizeof c->reason, c == best ? "the fastest" : "as fast");
-    else
-        snprintf(c->reason, sizeof c->reason,
-                 slower < 0.0995 ? "%.1f %% slower: %s %.0f %%" : "%.0f %% slower: %s %.0f %%", 100 * slower,
-                 names[which], 100 * share);
-}
-
-// Every layout of `size` processes that run's model and batch can have, the fastest first, then those that do
-// not fit in memory_limit bytes (0: not known) a process. *count: room in out, then how many there are.
-// False: none fits. run->parallel and run->layout are then as the first one needs them, or as they were.
-static inline bool layout_search(RunConfig* run, int size, uint64_t memory_limit, LayoutRates rates,
-                                 LayoutChoice out[], int* count) {
-    RunConfig trial = *run;
-    Error none = {0, {0}};
-    int room = *count;
-    *count = 0;
-    trial.parallel.data_parallel_size = 0;
-    for (int tp = 1; tp <= size; tp++)
-        for (int pp = 1; pp <= size / tp && size % tp == 0; pp++)
-            for (int option = 0; option < 6 && size / tp % pp == 0; option++) {
-                int zero = option % 3 + 1, chunks = option / 3 + 1;
-                // one stage has one chunk; one data-parallel rank shares nothing out
-                if ((pp == 1 && chunks > 1) || (tp * pp == size && zero > 1)) continue;
-                trial.parallel.tensor_parallel_size = tp, trial.parallel.pipeline_parallel_size = pp;
-                trial.parallel.virtual_pipeline_size = chunks, trial.parallel.zero_stage = zero;
-                trial.parallel.pipeline_schedule = chunks > 1 ? PIPELINE_INTERLEAVED : PIPELINE_1F1B;
-                if (layout_resolve(&trial, 0, size, &none))
-                    add_choice(&trial, memory_limit, &rates, out, room, count);
-            }
-    for (int i = 0; i < *count; i++) explain_choice(&out[i], &out[0], memory_limit);
-    if (*count == 0 || !out[0].fits) return false;
-    const Layout* l = &out[0].layout;
-    run->parallel.tensor_parallel_size = l->tp_size, run->parallel.pipeline_parallel_size = l->pp_size;
-    run->parallel.data_parallel_size = l->dp_size, run->parallel.virtual_pipeline_size = l->num_chunks;
-    run->parallel.pipeline_schedule = l->num_chunks > 1 ? PIPELINE_INTERLEAVED : PIPELINE_1F1B;
-    run->parallel.zero_stage = out[0].zero, run->layout = *l;
-    return true;
-}
-
-// ----------------------------------------------------------------------------
-// what is printed
-
-static inline void layout_print(const LayoutChoice* choices, int count, FILE* out) {
-    fprintf(out, "%4s %4s %5s %4s %6s %10s %10s %7s %8s\n", "tp", "pp", "dp", "zero", "chunks", "memory",
-            "a step", "bubble", "exposed");
-    for (int i = 0; i < count; i++) {
-        const LayoutChoice* c = &choices[i];
-        const Layout* l = &c->layout;
-        char memory[16];
-        fprintf(out, "%4d %4d %5d %4d %6d %7s GB ", l->tp_size, l->pp_size, l->dp_size, c->zero,
-                l->num_chunks, gigabytes(memory, c->memory));
-        if (c->fits)
-            fprintf(out, "%8.3f s %5.1f %% %6.1f %%  %s\n", c->cost.seconds, 100 * c->cost.bubble,
-                    100 * c->cost.exposed, c->reason);
-        else
-            fprintf(out, "%10s %7s %8s  %s\n", "", "", "", c->reason);
-    }
-}
-
-static inline void plan_print_traffic(const RunConfig* run, FILE* out) {
-    static const char* const names[] = {"tensor parallel", "data parallel", "pipeline", "tied embedding",
-                                        "sums of the step"};
-    fprintf(out, "traffic      bytes that the busiest rank sends in a step\n");
-    double most[NUM_PLAN_AXES] = {0};
-    for (int p = 0; p < run->layout.pp_size; p++) {
-        Layout l = layout_at(run->layout, layout_rank(&run->layout, 0, 0, p));
-        LayoutTraffic t = layout_traffic(run, &l);
-        double sent[] = {t.tp, t.dp, t.pp, t.tied, t.world};
-        for (int a = 0; a < NUM_PLAN_AXES; a++) most[a] = fmax(most[a], sent[a]);
-    }
-    char n[32];
-    for (int a = 0; a < NUM_PLAN_AXES; a++)
-        if (most[a] > 0) fprintf(out, "  %-18s %20s\n", names[a], with_commas(n, (uint64_t)llround(most[a])));
-}
-
-static inline void layout_plan_print_at(const RunConfig* run, LayoutRates rates, FILE* out) {
-    const Layout* l = &run->layout;
-    char n[32];
-    if (l->size == 1) return;
-    fprintf(out, "layout       %d processes: tensor parallel %d x data parallel %d x pipeline %d", l->size,
-            l->tp_size, l->dp_size, l->pp_size);
-    if (l->num_chunks > 1) fprintf(out, " of %d chunks", l->num_chunks);
-    fprintf(out, ", ZeRO %d, %s\n", run->parallel.zero_stage,
-            pipeline_schedule_name(run->parallel.pipeline_schedule));
-    for (int p = 0; p < l->pp_size; p++) {
-        uint64_t bytes = stage_memory(run, p);
-        fprintf(out, "  memory, stage %-4d %20s   %.2f GB\n", p, with_commas(n, bytes), (double)bytes / 1e9);
-    }
-    plan_print_traffic(run, out);
-    LayoutCost cost = layout_cost(run, l, rates);
-    fprintf(
-        out,
-        "simulated    %.4g s a step: compute %.1f %%, bubble %.1f %%, exposed communication %.1f %%\n"
-        "             (tensor %.1f, data %.1f, pipeline %.1f), with %.0f TFLOP/s, %.0f GB/s in a machine of "
-        "%d,\n             %.0f GB/s a GPU between machines, %.0f us a message\n",
-        cost.seconds, 100 * cost.compute / cost.seconds, 100 * cost.bubble, 100 * cost.exposed,
-        100 * cost.tp / cost.seconds, 100 * cost.dp / cost.seconds, 100 * cost.pp / cost.seconds,
-        rates.matmul / 1e12, rates.link_inside / 1e9, rates.gpus_per_machine, rates.link_between / 1e9,
-        rates.latency * 1e6);
-}
-
-// What this device computes and copies, with the links of an H100; without a device, an H100's throughout.
-static inline void layout_plan_print(const RunConfig* run, FILE* out) {
-    LayoutRates rates = layout_rates_h100();
-    double matmul = 0, copy = 0;
-    if (run->layout.size == 1) return;
-    gpt_measure(run, &matmul, &copy);
-    if (matmul > 0 && copy > 0) rates.matmul = matmul, rates.copy = copy;
-    layout_plan_print_at(run, rates, out);
 }

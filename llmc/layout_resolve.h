@@ -58,6 +58,14 @@ static inline bool check_combinations(const RunConfig* run, const Layout* l, Err
             err, EXIT_CONFIG,
             "parallel.deterministic is true and parallel.zero_stage 0: sums in order need slices; set "
             "parallel.zero_stage=1");
+    if (run->parallel.pipeline_schedule == PIPELINE_ZERO_BUBBLE &&
+        (run->batch.recompute != RECOMPUTE_NONE || run->parallel.zero_stage >= ZERO_GRADIENTS ||
+         run->parallel.deterministic))
+        return fail(
+            err, EXIT_CONFIG,
+            "parallel.pipeline_schedule is zero_bubble, which puts weight gradients off: activations must be kept "
+            "and gradients add up in place; set batch.recompute=none, parallel.zero_stage=1 and "
+            "parallel.deterministic=false, or choose another schedule");
     if (run->sample.every > 0 && !alone)
         return fail(
             err, EXIT_CONFIG,

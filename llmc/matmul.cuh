@@ -281,13 +281,13 @@ static inline void matmul_input_gradient(floatX* dinp, const floatX* dout, const
     matmul_must(matmul_run(mm, shape, dinp, weight, dout, NULL, NULL), &shape);
 }
 
-// dinp (N, C) = or NULL; dweight (OC, C) +=; dbias (OC) += or NULL; dout (N, OC), inp (N, C), weight (OC, C)
+// dinp (N, C) = or NULL; dweight (OC, C) += or NULL; dbias (OC) += or NULL; dout (N, OC), inp (N, C), weight (OC, C)
 template <typename Grad>
 static inline void matmul_backward(floatX* dinp, Grad* dweight, Grad* dbias, const floatX* dout,
                                    const floatX* inp, const floatX* weight, int N, int C, int OC,
                                    Matmul* mm) {
     if (dinp != NULL) matmul_input_gradient(dinp, dout, weight, N, C, OC, mm);
-    matmul_weight_gradient(dweight, dbias, dout, inp, N, C, OC, mm);
+    if (dweight != NULL) matmul_weight_gradient(dweight, dbias, dout, inp, N, C, OC, mm);
 }
 
 // The same for a product whose input was GELU(pre), through the GELU: dpre (N, C) =; pre (N, C)
@@ -297,5 +297,5 @@ static inline void matmul_gelu_backward(floatX* dpre, Grad* dweight, Grad* dbias
                                         int C, int OC, Matmul* mm) {
     MatmulShape shape = {C, N, OC, false, false, false, CUBLASLT_EPILOGUE_DGELU, MATMUL_TYPE};
     matmul_must(matmul_run(mm, shape, dpre, weight, dout, NULL, pre), &shape);
-    matmul_weight_gradient(dweight, dbias, dout, inp, N, C, OC, mm);
+    if (dweight != NULL) matmul_weight_gradient(dweight, dbias, dout, inp, N, C, OC, mm);
 }

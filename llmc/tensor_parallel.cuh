@@ -113,7 +113,8 @@ static inline void row_parallel_forward(floatX* out, const floatX* inp, const fl
 }
 
 // dinp: shard (N / tp, C) =; dweight, dbias +=; dout (N, OC), inp: shard. The input is gathered while the matmul for
-// its gradient runs, and that is scattered while the weight's gradient is computed.
+// its gradient runs, and that is scattered while the weight's gradient is computed. dweight NULL: not now, see
+// column_parallel_weight_gradient.
 template <typename Grad>
 static inline void column_parallel_backward(floatX* dinp, Grad* dweight, Grad* dbias, const floatX* dout,
                                             const floatX* inp, const floatX* weight, int N, int C, int OC,
@@ -123,7 +124,7 @@ static inline void column_parallel_backward(floatX* dinp, Grad* dweight, Grad* d
         return;
     }
     int pieces = tp_pieces(tp, N);
-    tp_begin_gather(tp, tp->buffer[0], inp, N, C);
+    if (dweight != NULL) tp_begin_gather(tp, tp->buffer[0], inp, N, C);
     matmul_input_gradient(tp->buffer[1], dout, weight, N, C, OC, mm);
     for (int k = 0; k < pieces; k++) CUDA_CHECK(cudaStreamWaitEvent(tp->stream, tp->arrived[k], 0));
     tp_hand_over(tp->stream, tp->comm_stream, tp->ready);
@@ -131,11 +132,20 @@ static inline void column_parallel_backward(floatX* dinp, Grad* dweight, Grad* d
     for (int k = 0; k < pieces; k++)
         comm_reduce_scatter(tp->comm, AXIS_TP, dinp + (size_t)k * part, tp->buffer[1] + (size_t)k * piece,
                             part, tp->comm_stream);
-    matmul_weight_gradient(dweight, dbias, dout, tp->buffer[0], N, C, OC, mm);
+    if (dweight != NULL) matmul_weight_gradient(dweight, dbias, dout, tp->buffer[0], N, C, OC, mm);
     tp_hand_over(tp->comm_stream, tp->stream, tp->ready);
 }
 
-// dinp (N, C) =; dweight, dbias +=; dout: shard (N / tp, OC)
+// What column_parallel_backward left out: dweight, dbias +=; dout (N, OC), inp: shard (N / tp, C)
+template <typename Grad>
+static inline void column_parallel_weight_gradient(Grad* dweight, Grad* dbias, const floatX* dout,
+                                                   const floatX* inp, int N, int C, int OC, Matmul* mm,
+                                                   TensorParallel* tp) {
+    const floatX* all = tp_gather(tp, tp->buffer[0], inp, N, C, [](int, int, const floatX*) {});
+    matmul_weight_gradient(dweight, dbias, dout, all, N, C, OC, mm);
+}
+
+// dinp (N, C) =; dweight, dbias +=, or NULL: not now, see row_parallel_weight_gradient; dout: shard (N / tp, OC)
 template <typename Grad>
 static inline void row_parallel_backward(floatX* dinp, Grad* dweight, Grad* dbias, const floatX* dout,
                                          const floatX* inp, const floatX* weight, int N, int C, int OC,
@@ -143,6 +153,15 @@ static inline void row_parallel_backward(floatX* dinp, Grad* dweight, Grad* dbia
     const floatX* all = tp_gather(tp, tp->buffer[0], dout, N, OC, [&](int row, int rows, const floatX* x) {
         matmul_input_gradient(dinp + (size_t)row * (size_t)C, x, weight, rows, C, OC, mm);
     });
+    if (dweight != NULL) matmul_weight_gradient(dweight, dbias, all, inp, N, C, OC, mm);
+}
+
+// What row_parallel_backward left out: dweight, dbias +=; dout: shard (N / tp, OC), inp (N, C)
+template <typename Grad>
+static inline void row_parallel_weight_gradient(Grad* dweight, Grad* dbias, const floatX* dout,
+                                                const floatX* inp, int N, int C, int OC, Matmul* mm,
+                                                TensorParallel* tp) {
+    const floatX* all = tp_gather(tp, tp->buffer[0], dout, N, OC, [](int, int, const floatX*) {});
     matmul_weight_gradient(dweight, dbias, all, inp, N, C, OC, mm);
 }
 

@@ -5,7 +5,7 @@
 // 8, 64 and 1,024 GPUs, the fastest layout that fits in 80 GB, with 1 or 2 sequences a micro-batch, with and
 // without recomputing blocks. A step has 4 million tokens in sequences of 4,096. `naive` is the same layout
 // as if a rank computed or communicated, never both. Published shares are 30-40 % naive, 18 % tuned.
-#include "llmc/layout_plan.h" // defines: layout_search, layout_cost, layout_rates_h100
+#include "llmc/layout_search.h" // defines: layout_search, layout_cost, layout_rates_h100
 
 enum { ROOM = 1024 };
 
@@ -96,7 +96,7 @@ int main(void) {
     printf("a simulation: %.0f TFLOP/s of matmuls a GPU, %.0f GB/s NVLink, %.0f GB/s InfiniBand a GPU, "
            "%.0f us a message\n",
            rates.matmul / 1e12, rates.link_inside / 1e9, rates.link_between / 1e9, rates.latency * 1e6);
-    printf("model  GPUs  tp pp   dp zero chunks  micro recompute  memory    step   bubble "
+    printf("model  GPUs  tp pp   dp zero schedule     micro recompute  memory    step   bubble "
            "| exposed communication: "
            "naive  tuned\n");
     for (int s = 0; s < 3; s++)
@@ -111,13 +111,14 @@ int main(void) {
             }
             const Layout* l = &best.layout;
             LayoutCost without = layout_cost(&best_run, l, naive);
-            printf("%5s %5d %3d %2d %4d %4d %6d %6d %-9s %5.0f GB %6.2f s %5.1f %% | %28.1f %% %4.1f %%\n",
-                   shapes[s].name, sizes[k], l->tp_size, l->pp_size, l->dp_size, best.zero, l->num_chunks,
+            printf("%5s %5d %3d %2d %4d %4d %-11s %6d %-9s %5.0f GB %6.2f s %5.1f %% | %28.1f %% %4.1f %%\n",
+                   shapes[s].name, sizes[k], l->tp_size, l->pp_size, l->dp_size, best.zero,
+                   l->pp_size > 1 ? pipeline_schedule_name(best.schedule) : "",
                    best_run.batch.micro_batch_size,
                    best_run.batch.recompute == RECOMPUTE_BLOCK ? "block" : "none", (double)best.memory / 1e9,
                    best.cost.seconds, 100 * best.cost.bubble, 100 * without.exposed, 100 * best.cost.exposed);
             fflush(stdout);
         }
-    printf("published shares: %87s 30-40 %%  18 %%\n", "");
+    printf("published shares: %92s 30-40 %%  18 %%\n", "");
     return 0;
 }

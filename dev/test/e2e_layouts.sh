@@ -37,14 +37,16 @@ bitwise() { # NAME LAYOUT ...: they were equal to one process to the bit
     done
 }
 
-verify gpt2 tiny_gpt2 dp2,dp4,tp2,tp4,pp2,pp3,dp2z0,dp2z2,dp2z3,dp2det,dp2tp2,dp2pp2,tp2pp2,tp2pp2afab,pp2vp2,dp2pp2z2,dp2pp2z3,dp2tp2z3,dp2tp2pp2 \
+verify gpt2 tiny_gpt2 dp2,dp4,tp2,tp4,pp2,pp3,dp2z0,dp2z2,dp2z3,dp2det,dp2tp2,dp2pp2,tp2pp2,tp2pp2afab,pp2vp2,pp3zb,dp2pp2z2,dp2pp2z3,dp2tp2z3,dp2tp2pp2,dp2tp2pp2zb \
     model.n_layer=6
 verify llama tiny_llama dp2,tp2,tp4,pp2,pp4,afab,pp2afab,pp2vp2,dp2z3,tp2dp2z2,tp4pp2,dp2tp2pp2,dp2tp2pp2det,tp2pp2vp2 \
     model.num_hidden_layers=6 batch.recompute=block data.document_mask=true
 bitwise llama pp2 pp4 pp2afab pp2vp2
-verify bf16 tiny_llama dp2,tp2,pp2,dp2z2 model.num_hidden_layers=4 precision.gradients=bf16 precision.moments=bf16 \
-    precision.master_weights=bf16 batch.recompute=norm
-bitwise bf16 pp2
+verify zero_bubble tiny_llama pp2zb,pp4zb,tp2pp2zb,dp2pp2zb model.num_hidden_layers=6
+bitwise zero_bubble pp2zb pp4zb
+verify bf16 tiny_llama dp2,tp2,pp2,pp2zb,dp2z2 model.num_hidden_layers=4 precision.gradients=bf16 precision.moments=bf16 \
+    precision.master_weights=bf16
+bitwise bf16 pp2 pp2zb
 
 # ----------------------------------------------------------------------------
 # to the bit
@@ -122,6 +124,7 @@ check "traffic, tp 4 with 2 key/value heads" traffic 4 $dp=1 $tp=4 batch.recompu
 for zero in 0 1 2 3; do check "traffic, dp 2, ZeRO $zero" traffic 2 $dp=2 parallel.zero_stage=$zero; done
 check "traffic, dp 2, deterministic" traffic 2 $dp=2 parallel.deterministic=true
 check "traffic, pp 2, two chunks" traffic 2 $dp=1 $pp=2 parallel.virtual_pipeline_size=2 parallel.pipeline_schedule=interleaved
+check "traffic, tp 2 x pp 2, zero bubble" traffic 4 $dp=1 $tp=2 $pp=2 parallel.pipeline_schedule=zero_bubble
 check "traffic, tp 2 x dp 2 x pp 2, tied" traffic 8 $dp=2 $tp=2 $pp=2 parallel.zero_stage=2 model.tie_word_embeddings=true
 
 # ----------------------------------------------------------------------------
@@ -220,6 +223,8 @@ check "too few layers" refused 8 'needs a layer for each.* 4 stages' parallel.pi
 check "processes that do not divide" refused 3 '3 processes were started' parallel.tensor_parallel_size=2
 check "a batch that does not divide" refused 3 'global_batch_size is 8' model.num_hidden_layers=4
 check "ZeRO 0 with ordered sums" refused 2 'zero_stage=1' parallel.zero_stage=0 parallel.deterministic=true
+check "weight gradients put off, of what is not kept" refused 2 'zero_bubble.*recompute=none' parallel.pipeline_parallel_size=2 \
+    parallel.pipeline_schedule=zero_bubble batch.recompute=block
 check "samples in a pipeline" refused 2 'sample.every' parallel.pipeline_parallel_size=2 sample.every=1 sample.prompt=a
 check "micro-batches that interleaving cannot place" refused 2 'micro' parallel.pipeline_parallel_size=2 \
     parallel.virtual_pipeline_size=2 parallel.pipeline_schedule=interleaved batch.global_batch_size=3

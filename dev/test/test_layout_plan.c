@@ -1,6 +1,6 @@
 // What a layout costs: traffic against numbers from a pencil, time against what must hold, the search, what
 // is printed.
-#include "llmc/layout_plan.h" // defines: layout_traffic, layout_cost, layout_search, layout_print ...
+#include "llmc/layout_search.h" // defines: layout_traffic, layout_cost, layout_search, layout_print ...
 // cmocka's macro fail() would hide ours, so its header comes last
 #include <setjmp.h>
 #include <cmocka.h>
@@ -267,6 +267,11 @@ static void bubble_is_the_schedule_s(void** state) {
                                 NULL),
                     rates_of(1e18));
     assert_float_equal(c.bubble, pipeline_simulate(PIPELINE_INTERLEAVED, 4, 2, 8, costs).bubble, 0.01);
+    c = layout_cost(&run,
+                    lay_out_run(4, PP "4", GLOBAL "64", "model.n_layer=64", "model.vocab_size=100",
+                                "parallel.pipeline_schedule=zero_bubble", NULL),
+                    rates_of(1e18));
+    assert_float_equal(c.bubble, pipeline_simulate(PIPELINE_ZERO_BUBBLE, 4, 1, 8, costs).bubble, 0.03);
     assert_float_equal(c.compute / c.seconds + c.bubble + c.exposed, 1, 1e-9);
     assert_true(c.pp < 1e-6);
 }
@@ -312,7 +317,8 @@ static void search_sorts(void** state) {
             assert_non_null(strstr(choices[i].reason, "does not fit: "));
         }
         for (int k = 0; k < i; k++)
-            assert_true(choices[k].zero != choices[i].zero || memcmp(&choices[k].layout, l, sizeof *l) != 0);
+            assert_true(choices[k].zero != choices[i].zero || choices[k].schedule != choices[i].schedule ||
+                        memcmp(&choices[k].layout, l, sizeof *l) != 0);
     }
     assert_true(last_fit >= 2 && last_fit < count - 1);
     assert_string_equal(choices[0].reason, "the fastest");
@@ -381,8 +387,9 @@ static void reasons_are_short(void** state) {
     assert_non_null(out);
     layout_print(c, 4, out);
     read_back(out);
-    expect("  tp   pp    dp zero chunks     memory     a step  bubble  exposed\n");
-    expect("   1    1     1    0      1    5.25 GB    1.120 s  20.0 %    5.0 %  12 % slower: bubble 20 %\n");
+    expect("  tp   pp    dp zero  schedule        memory     a step  bubble  exposed\n");
+    expect(
+        "   1    1     1    0                 5.25 GB    1.120 s  20.0 %    5.0 %  12 % slower: bubble 20 %\n");
     expect("91 GB ");
     expect("  does not fit: 91 GB of 80\n");
 }
