@@ -139,6 +139,7 @@ struct GPT {
     ParameterLayout layout;
     BucketTable* tables; // (num_buckets)
     int B, T;            // the micro-batch that the activations have room for
+    Positions positions; // of the T rows of a sequence
     int recompute;       // a Recompute
     int zero;            // a ZeroStage; nothing is shared out by one rank
     bool grad_windows, deterministic;
@@ -229,6 +230,13 @@ static Bucket bucket_at(const GPT* g, int b) {
     return parameter_bucket(&g->layout, g->config.num_hidden_layers, b);
 }
 
+// What attention is called with for B sequences.
+static AttentionShape attention_shape(const GPT* g, int B) {
+    int NH = g->config.num_attention_heads, NKV = g->config.num_key_value_heads;
+    AttentionShape shape = {B, g->T, g->T, NH, NKV, g->config.head_dim, g->positions};
+    return shape;
+}
+
 // A layer's own memory for what batch.recompute keeps; for the rest, that of the first layer of all.
 static void lay_out_layer(GPT* g, Slot* slot, int l, Arena* arena, bool training) {
     const ModelConfig* c = &g->config;
@@ -308,9 +316,7 @@ static void lay_out_shared_scratch(GPT* g, Arena* arena, bool training) {
         end = arena->used, arena->used = begin;
     }
     char* attention;
-    arena_take(
-        &attention, arena,
-        attention_scratch_bytes(g->B, g->T, c->num_attention_heads, c->num_key_value_heads, c->head_dim));
+    arena_take(&attention, arena, attention_scratch_bytes(attention_shape(g, g->B)));
     g->attention_scratch = attention;
     if (training) {
         arena_take(&g->datt, arena, N * model_dim(c, DIM_HEADS));
@@ -429,6 +435,7 @@ static void gpt_configure(GPT* g, const RunConfig* run, int B, int T, bool train
     g->config = model_part(&run->model, &g->place);
     g->layout = layout_parameters(&g->config, &g->place);
     g->B = B, g->T = T;
+    g->positions = positions_of(T, 0, 1);
     g->recompute = run->batch.recompute;
     g->zero = g->place.dp_size == 1 ? (int)ZERO_OPTIMIZER : run->parallel.zero_stage;
     g->deterministic = run->parallel.deterministic;
@@ -727,8 +734,9 @@ static void block_forward_inside(GPT* g, const Pass* pass, int l, int B) {
     cudaStream_t stream = g->stream;
 
     column_parallel_forward(a->qkv, a->ln1, p.qkvw, p.qkvb, N, C, QKV, mm, tp);
-    if (g->rope_cos != NULL) rope_forward(a->qkv, g->rope_cos, g->rope_sin, 0, B, T, NH, NKV, HS, stream);
-    attention_forward(a->att, a->lse, g->attention_scratch, a->qkv, starts, B, T, NH, NKV, HS, stream);
+    if (g->rope_cos != NULL)
+        rope_forward(a->qkv, g->rope_cos, g->rope_sin, g->positions, B, T, NH, NKV, HS, stream);
+    attention_forward(a->att, a->lse, a->qkv, NULL, starts, attention_shape(g, B), stream);
     row_parallel_forward(g->hidden, a->att, p.attprojw, p.attprojb, N, Q, C, mm, tp);
     residual_norm_forward(a->residual2, a->ln2, a->ln2_mean, a->ln2_rstd, residual_into(pass, l), g->hidden,
                           p.ln2w, p.ln2b, NS, C, (float)c->norm_eps, c->family->norm, stream);
@@ -770,7 +778,8 @@ static void chunk_forward(GPT* g, const Pass* pass, int B) {
         Parameters<floatX> p = weights_of(g, pass->first);
         tp_scatter(&g->tp, slot->input, g->tp.buffer[1], N, C, [&](int row, int, floatX* out) {
             if (row > 0) return; // all of it at once
-            embedding_forward(out, batch_array(g, slot, BATCH_INPUTS), p.wte, p.wpe, B, T, C, g->stream);
+            embedding_forward(out, batch_array(g, slot, BATCH_INPUTS), p.wte, p.wpe, g->positions, B, T, C,
+                              g->stream);
         });
     }
     use_weights(g, 1 + pass->first, 2 + pass->first);
@@ -891,9 +900,10 @@ template <typename Grad> static void block_backward(GPT* g, const Pass* pass, in
 
     row_parallel_backward(g->datt, dw.attprojw, dw.attprojb, g->dresidual, a->att, p.attprojw, N, Q, C, mm,
                           tp);
-    attention_backward(g->dqkv, g->attention_scratch, g->datt, a->qkv, a->att, a->lse, starts, B, T, NH, NKV,
-                       HS, stream);
-    if (g->rope_cos != NULL) rope_backward(g->dqkv, g->rope_cos, g->rope_sin, 0, B, T, NH, NKV, HS, stream);
+    attention_backward(g->dqkv, NULL, g->attention_scratch, g->datt, a->qkv, NULL, a->att, a->lse, starts,
+                       attention_shape(g, B), stream);
+    if (g->rope_cos != NULL)
+        rope_backward(g->dqkv, g->rope_cos, g->rope_sin, g->positions, B, T, NH, NKV, HS, stream);
     if (norms_again)
         norm_forward(a->ln1, a->ln1_mean, a->ln1_rstd, residual, p.ln1w, p.ln1b, NS, C, eps, norm, stream);
     column_parallel_backward(g->dnorm, dw.qkvw, dw.qkvb, g->dqkv, a->ln1, p.qkvw, N, C, QKV, mm, tp);
@@ -952,7 +962,7 @@ template <typename Grad> static void chunk_backward(GPT* g, const Pass* pass, in
         const floatX* dout =
             tp_gather(&g->tp, g->tp.buffer[0], g->dresidual, N, C, [](int, int, const floatX*) {});
         embedding_backward(dp.wte, dp.wpe, dout, batch_array(g, slot, BATCH_INPUTS),
-                           batch_array(g, slot, BATCH_ORDER), B, g->T, C, g->stream);
+                           batch_array(g, slot, BATCH_ORDER), g->positions, B, g->T, C, g->stream);
     }
     if (first_bucket) reduce_gradients<Grad>(g, 0, pass->last_micro_batch);
 }
@@ -1622,17 +1632,17 @@ void decoder_step(Decoder* d, int token) {
     CHECK(d->length < d->capacity);
     CUDA_CHECK(cudaMemcpyAsync(d->token, &token, sizeof token, cudaMemcpyHostToDevice, stream));
     Parameters<floatX> p = weights_of(g, 0);
-    floatX* position = p.wpe != NULL ? p.wpe + (size_t)d->length * (size_t)C : NULL;
+    Positions here = {1, {d->length, d->length + 1}};
     LayerActivations mlp = {};
     mlp.ln2 = d->norm, mlp.fc = d->fc, mlp.act = d->act;
-    embedding_forward(d->residual, d->token, p.wte, position, 1, 1, C, stream);
+    embedding_forward(d->residual, d->token, p.wte, p.wpe, here, 1, 1, C, stream);
     for (int l = 0; l < c->num_hidden_layers; l++) {
         p = weights_of(g, l);
         floatX *keys = d->keys + (size_t)l * cache, *values = d->values + (size_t)l * cache;
         norm_forward(d->norm, d->mean, d->rstd, d->residual, p.ln1w, p.ln1b, 1, C, eps, norm, stream);
         matmul_forward(d->qkv, d->norm, p.qkvw, p.qkvb, 1, C, Q + 2 * KV, mm);
         if (g->rope_cos != NULL)
-            rope_forward(d->qkv, g->rope_cos, g->rope_sin, d->length, 1, 1, NH, NKV, HS, stream);
+            rope_forward(d->qkv, g->rope_cos, g->rope_sin, here, 1, 1, NH, NKV, HS, stream);
         CUDA_CHECK(cudaMemcpyAsync(keys + past, d->qkv + Q, row, cudaMemcpyDeviceToDevice, stream));
         CUDA_CHECK(cudaMemcpyAsync(values + past, d->qkv + Q + KV, row, cudaMemcpyDeviceToDevice, stream));
         attention_decode(d->att, d->qkv, keys, values, d->length + 1, NH, NKV, HS, stream);

@@ -6,24 +6,30 @@
 // at a time, one to a lane; then all lanes together add up 32 weighted rows, a lane keeping every 32nd
 // column.
 #pragma once
-#include "llmc/cuda_common.cuh" // defines: floatX, load_vec, warp_sum, warp_max
+#include "llmc/attention_shape.cuh" // defines: AttentionShape, KeyValues, head_rows
+#include "llmc/cuda_common.cuh"     // defines: floatX, load_vec, warp_sum, warp_max
 
 enum { ATTENTION_MAX_HEAD = 256, GENERAL_WARPS = 4, GENERAL_COLUMNS = ATTENTION_MAX_HEAD / WARP };
 
-// Where the rows of one head lie: row t of k is at k + t * stride.
+// The keys and values of one head: those of position p are at k + p * stride and v + p * stride.
 typedef struct {
-    const floatX *q, *k, *v;
+    const floatX *k, *v;
     size_t stride; // from a position to the next, in elements
     float scale;   // 1 / sqrt(HS)
     int HS;
 } Head;
 
-static __device__ inline Head head_of_qkv(const floatX* qkv, int b, int h, int T, int NH, int NKV, int HS) {
-    size_t stride = (size_t)(NH + 2 * NKV) * (size_t)HS, kv = (size_t)(h / (NH / NKV) * HS);
-    const floatX* sequence = qkv + (size_t)b * (size_t)T * stride;
-    const floatX *k = sequence + (size_t)(NH * HS) + kv, *v = sequence + (size_t)((NH + NKV) * HS) + kv;
-    Head head = {sequence + (size_t)(h * HS), k, v, stride, 1 / sqrtf((float)HS), HS};
-    return head;
+static __device__ inline Head key_head(KeyValues<const floatX> kv, int b, int head,
+                                       const AttentionShape& shape) {
+    const floatX* k = head_rows(kv.k, b, shape.keys, kv.heads, head, shape.HS);
+    Head keys = {k, k + shape.NKV * shape.HS, (size_t)(kv.heads * shape.HS), 1 / sqrtf((float)shape.HS),
+                 shape.HS};
+    return keys;
+}
+
+// Elements from a row of qkv to the next.
+static __device__ inline size_t qkv_stride(const AttentionShape& shape) {
+    return (size_t)(shape.NH + 2 * shape.NKV) * (size_t)shape.HS;
 }
 
 // The row of a warp, rows fastest, then heads, then sequences. t may be T or more: then there is nothing to
@@ -96,15 +102,17 @@ static __device__ inline float attend(floatX* out, const floatX* q, const Head* 
 }
 
 static __global__ void __launch_bounds__(GENERAL_WARPS* WARP)
-    general_forward_kernel(floatX* out, float* lse, const floatX* qkv, const int* doc_start, int T, int NH,
-                           int NKV, int HS) {
+    general_forward_kernel(floatX* out, float* lse, const floatX* qkv, KeyValues<const floatX> kv,
+                           const int* doc_start, AttentionShape shape) {
+    int T = shape.T, NH = shape.NH, HS = shape.HS;
     WarpPlace at = warp_place(T, NH);
     if (at.t >= T) return;
-    Head head = head_of_qkv(qkv, at.b, at.head, T, NH, NKV, HS);
+    Head head = key_head(kv, at.b, at.head / (NH / shape.NKV), shape);
     size_t row = (size_t)at.b * (size_t)T + (size_t)at.t;
     int begin = doc_start != NULL ? doc_start[row] : 0;
     float log_sum = attend(out + (row * (size_t)NH + (size_t)at.head) * (size_t)HS,
-                           head.q + (size_t)at.t * head.stride, &head, begin, at.t + 1);
+                           qkv + row * qkv_stride(shape) + (size_t)(at.head * HS), &head, begin,
+                           position_at(shape.at, at.t) + 1);
     if (threadIdx.x % WARP == 0) lse[statistic_at(at, T, NH)] = log_sum;
 }
 
@@ -140,45 +148,48 @@ static __device__ inline float2 score_gradient(const Head* h, const floatX* q, c
 }
 
 static __global__ void __launch_bounds__(GENERAL_WARPS* WARP)
-    general_dq_kernel(floatX* dqkv, const floatX* dout, const floatX* qkv, const float* lse,
-                      const float* delta, const int* doc_start, int T, int NH, int NKV, int HS) {
+    general_dq_kernel(floatX* dqkv, const floatX* dout, const floatX* qkv, KeyValues<const floatX> kv,
+                      const float* lse, const float* delta, const int* doc_start, AttentionShape shape) {
+    int T = shape.T, NH = shape.NH, HS = shape.HS;
     WarpPlace at = warp_place(T, NH);
     if (at.t >= T) return;
-    int lane = (int)threadIdx.x % WARP;
-    Head head = head_of_qkv(qkv, at.b, at.head, T, NH, NKV, HS);
+    int lane = (int)threadIdx.x % WARP, end = position_at(shape.at, at.t) + 1; // of the keys
+    Head head = key_head(kv, at.b, at.head / (NH / shape.NKV), shape);
     size_t row = (size_t)at.b * (size_t)T + (size_t)at.t, statistic = statistic_at(at, T, NH);
-    const floatX* q = head.q + (size_t)at.t * head.stride;
+    size_t q_at = row * qkv_stride(shape) + (size_t)(at.head * HS);
     const floatX* dy = dout + (row * (size_t)NH + (size_t)at.head) * (size_t)HS;
     float dq[GENERAL_COLUMNS] = {0};
-    for (int first = doc_start != NULL ? doc_start[row] : 0; first <= at.t; first += WARP) {
-        int count = at.t + 1 - first < WARP ? at.t + 1 - first : WARP;
+    for (int first = doc_start != NULL ? doc_start[row] : 0; first < end; first += WARP) {
+        int count = end - first < WARP ? end - first : WARP;
         size_t keys = (size_t)first * head.stride, mine = keys + (size_t)lane * head.stride;
         float2 s = make_float2(0, 0);
         if (lane < count)
-            s = score_gradient(&head, q, dy, head.k + mine, head.v + mine, lse[statistic], delta[statistic]);
+            s = score_gradient(&head, qkv + q_at, dy, head.k + mine, head.v + mine, lse[statistic],
+                               delta[statistic]);
         add_weighted_rows(dq, s.y, head.k + keys, head.stride, count, HS);
     }
-    store_columns(dqkv + row * head.stride + (size_t)(at.head * HS), dq, 1, HS);
+    store_columns(dqkv + q_at, dq, 1, HS);
 }
 
 // A key row of a key head: over the query heads of its group, and over the queries that see it.
 static __global__ void __launch_bounds__(GENERAL_WARPS* WARP)
-    general_dkv_kernel(floatX* dqkv, const floatX* dout, const floatX* qkv, const float* lse,
-                       const float* delta, const int* doc_start, int T, int NH, int NKV, int HS) {
-    WarpPlace at = warp_place(T, NKV);
-    if (at.t >= T) return;
-    int lane = (int)threadIdx.x % WARP, group = NH / NKV, key = at.t;
-    size_t sequence = (size_t)at.b * (size_t)T, out_stride = (size_t)(NH * HS), stride = 0;
+    general_dkv_kernel(KeyValues<floatX> dkv, const floatX* dout, const floatX* qkv,
+                       KeyValues<const floatX> kv, const float* lse, const float* delta, const int* doc_start,
+                       AttentionShape shape) {
+    int T = shape.T, NH = shape.NH, HS = shape.HS;
+    WarpPlace at = warp_place(shape.keys, shape.NKV);
+    if (at.t >= shape.keys) return;
+    int lane = (int)threadIdx.x % WARP, group = NH / shape.NKV, key = at.t;
+    size_t sequence = (size_t)at.b * (size_t)T, out_stride = (size_t)(NH * HS), stride = qkv_stride(shape);
+    Head head = key_head(kv, at.b, at.head, shape);
+    const floatX *k = head.k + (size_t)key * head.stride, *v = head.v + (size_t)key * head.stride;
     float dk[GENERAL_COLUMNS] = {0}, dv[GENERAL_COLUMNS] = {0};
     for (int h = at.head * group; h < (at.head + 1) * group; h++) {
-        Head head = head_of_qkv(qkv, at.b, h, T, NH, NKV, HS);
-        stride = head.stride;
-        const floatX *k = head.k + (size_t)key * stride, *v = head.v + (size_t)key * stride;
         WarpPlace top = {0, h, at.b};
         const float *row_lse = lse + statistic_at(top, T, NH), *row_delta = delta + statistic_at(top, T, NH);
-        for (int first = key; first < T; first += WARP) {
+        for (int first = first_row_at(shape.at, key); first < T; first += WARP) {
             int count = T - first < WARP ? T - first : WARP, t = first + lane;
-            const floatX* q = head.q + (size_t)first * stride;
+            const floatX* q = qkv + (sequence + (size_t)first) * stride + (size_t)(h * HS);
             const floatX* dy = dout + (sequence + (size_t)first) * out_stride + (size_t)(h * HS);
             float2 s = make_float2(0, 0);
             if (lane < count && (doc_start == NULL || doc_start[sequence + (size_t)t] <= key))
@@ -188,9 +199,9 @@ static __global__ void __launch_bounds__(GENERAL_WARPS* WARP)
             add_weighted_rows(dv, s.x, dy, out_stride, count, HS);
         }
     }
-    floatX* row = dqkv + (sequence + (size_t)key) * stride + (size_t)((NH + at.head) * HS);
+    floatX* row = head_rows(dkv.k, at.b, shape.keys, dkv.heads, at.head, HS) + (size_t)key * head.stride;
     store_columns(row, dk, 1, HS);
-    store_columns(row + (size_t)(NKV * HS), dv, 1, HS);
+    store_columns(row + shape.NKV * HS, dv, 1, HS);
 }
 
 // ----------------------------------------------------------------------------
@@ -200,8 +211,8 @@ static __global__ void __launch_bounds__(GENERAL_WARPS* WARP)
 static __global__ void attention_decode_kernel(floatX* out, const floatX* q, const floatX* k_cache,
                                                const floatX* v_cache, int length, int NH, int NKV, int HS) {
     int h = (int)blockIdx.x, kv = h / (NH / NKV) * HS;
-    Head head = {q + h * HS, k_cache + kv, v_cache + kv, (size_t)(NKV * HS), 1 / sqrtf((float)HS), HS};
-    attend(out + h * HS, head.q, &head, 0, length);
+    Head head = {k_cache + kv, v_cache + kv, (size_t)(NKV * HS), 1 / sqrtf((float)HS), HS};
+    attend(out + h * HS, q + h * HS, &head, 0, length);
 }
 
 // ----------------------------------------------------------------------------
@@ -211,32 +222,35 @@ static inline unsigned general_blocks(int T, int heads, int B) {
     return (unsigned)(ceil_div((size_t)T, GENERAL_WARPS) * (size_t)heads * (size_t)B);
 }
 
-static inline void attention_general_forward(floatX* out, float* lse, const floatX* qkv, const int* doc_start,
-                                             int B, int T, int NH, int NKV, int HS, cudaStream_t stream) {
-    general_forward_kernel<<<general_blocks(T, NH, B), GENERAL_WARPS * WARP, 0, stream>>>(
-        out, lse, qkv, doc_start, T, NH, NKV, HS);
+static inline void attention_general_forward(floatX* out, float* lse, const floatX* qkv,
+                                             KeyValues<const floatX> kv, const int* doc_start,
+                                             const AttentionShape& shape, cudaStream_t stream) {
+    general_forward_kernel<<<general_blocks(shape.T, shape.NH, shape.B), GENERAL_WARPS * WARP, 0, stream>>>(
+        out, lse, qkv, kv, doc_start, shape);
     LAUNCH_CHECK();
 }
 
 // delta: (B, NH, T) floats, =; both paths' backward needs it
-static inline void attention_delta(float* delta, const floatX* dout, const floatX* out, int B, int T, int NH,
-                                   int HS, cudaStream_t stream) {
+static inline void attention_delta(float* delta, const floatX* dout, const floatX* out,
+                                   const AttentionShape& shape, cudaStream_t stream) {
     int lanes = 1;
-    while (lanes < WARP && lanes * VEC < HS) lanes *= 2;
-    size_t rows = (size_t)B * (size_t)T * (size_t)NH;
+    while (lanes < WARP && lanes * VEC < shape.HS) lanes *= 2;
+    size_t rows = (size_t)shape.B * (size_t)shape.T * (size_t)shape.NH;
     unsigned blocks = (unsigned)ceil_div(rows * (size_t)lanes, DELTA_THREADS);
-    attention_delta_kernel<<<blocks, DELTA_THREADS, 0, stream>>>(delta, dout, out, rows, T, NH, HS, lanes);
+    attention_delta_kernel<<<blocks, DELTA_THREADS, 0, stream>>>(delta, dout, out, rows, shape.T, shape.NH,
+                                                                 shape.HS, lanes);
     LAUNCH_CHECK();
 }
 
-static inline void attention_general_backward(floatX* dqkv, const floatX* dout, const floatX* qkv,
-                                              const float* lse, const float* delta, const int* doc_start,
-                                              int B, int T, int NH, int NKV, int HS, cudaStream_t stream) {
-    general_dq_kernel<<<general_blocks(T, NH, B), GENERAL_WARPS * WARP, 0, stream>>>(
-        dqkv, dout, qkv, lse, delta, doc_start, T, NH, NKV, HS);
+static inline void attention_general_backward(floatX* dqkv, KeyValues<floatX> dkv, const floatX* dout,
+                                              const floatX* qkv, KeyValues<const floatX> kv, const float* lse,
+                                              const float* delta, const int* doc_start,
+                                              const AttentionShape& shape, cudaStream_t stream) {
+    general_dq_kernel<<<general_blocks(shape.T, shape.NH, shape.B), GENERAL_WARPS * WARP, 0, stream>>>(
+        dqkv, dout, qkv, kv, lse, delta, doc_start, shape);
     LAUNCH_CHECK();
-    general_dkv_kernel<<<general_blocks(T, NKV, B), GENERAL_WARPS * WARP, 0, stream>>>(
-        dqkv, dout, qkv, lse, delta, doc_start, T, NH, NKV, HS);
+    general_dkv_kernel<<<general_blocks(shape.keys, shape.NKV, shape.B), GENERAL_WARPS * WARP, 0, stream>>>(
+        dkv, dout, qkv, kv, lse, delta, doc_start, shape);
     LAUNCH_CHECK();
 }
 

@@ -19,8 +19,9 @@
 //
 // Source: Dao, FlashAttention-2, 2023.
 #pragma once
-#include "llmc/cuda_common.cuh" // defines: load_vec, store_vec, WARP
-#include "llmc/ptx.cuh"         // defines: mma_bf16, ldmatrix_x4, cp_async_or_zero, pack_bf16 ...
+#include "llmc/attention_shape.cuh" // defines: AttentionShape, KeyValues, head_rows
+#include "llmc/cuda_common.cuh"     // defines: load_vec, store_vec, WARP
+#include "llmc/ptx.cuh"             // defines: mma_bf16, ldmatrix_x4, cp_async_or_zero, pack_bf16 ...
 
 typedef __nv_bfloat16 bf16;
 
@@ -86,8 +87,15 @@ static inline void allow_shared(const void* kernel, int bytes) {
 // ----------------------------------------------------------------------------
 // where a block works
 
-static inline unsigned tile_blocks(int T, int rows, int heads, int B) {
-    return (unsigned)(ceil_div((size_t)T, (size_t)rows) * (size_t)heads * (size_t)B);
+__host__ __device__ static inline int tiles_of(int n, int rows) { return (n + rows - 1) / rows; }
+
+// Each of a rank's runs has tiles of its own, so that the queries of a tile are neighbours in the sequence.
+__host__ __device__ static inline int query_tiles(const AttentionShape& shape, int rows) {
+    return tiles_of(shape.at.half, rows) * (shape.T / shape.at.half);
+}
+
+static inline unsigned tile_blocks(int tiles, int heads, int B) {
+    return (unsigned)((size_t)tiles * (size_t)heads * (size_t)B);
 }
 
 typedef struct {
@@ -102,9 +110,19 @@ static __device__ inline BlockPlace block_place(int tiles, int heads) {
     return place;
 }
 
-// A head of sequence b in an array (B, T, heads, HS): its row t is t * heads * HS further.
-template <typename X> static __device__ inline X* head_rows(X* x, int b, int T, int heads, int head, int HS) {
-    return x + ((size_t)b * (size_t)T * (size_t)heads + (size_t)head) * (size_t)HS;
+typedef struct {
+    int first, end; // positions of its queries
+    int ahead;      // a query's position less its row
+} QueryTile;
+
+// Tile i from the end: what sees the most keys starts first.
+template <int ROWS> static __device__ inline QueryTile query_tile(const AttentionShape& shape, int i) {
+    int half = shape.at.half, tiles = tiles_of(half, ROWS), t = query_tiles(shape, ROWS) - 1 - i;
+    bool second = t >= tiles;
+    int begin = second ? shape.at.first[1] : shape.at.first[0], end = begin + half;
+    int first = begin + (second ? t - tiles : t) * ROWS;
+    QueryTile tile = {first, first + ROWS < end ? first + ROWS : end, second ? begin - half : begin};
+    return tile;
 }
 
 // A head of an array (B, NH, T).
@@ -127,10 +145,9 @@ template <int HS> static __device__ inline int tile_at(int row, int chunk) {
     return row * HS + (chunk ^ (row & 7)) * 8;
 }
 
-// Starts the copy of rows first .. first + ROWS - 1 of a sequence of T into a tile; those beyond T become
-// zero.
+// Starts the copy of rows first .. first + ROWS - 1 of a sequence into a tile; those from `end` on become zero.
 template <int HS, int ROWS, int THREADS>
-static __device__ inline void load_tile(bf16* tile, const bf16* rows, int stride, int first, int T) {
+static __device__ inline void load_tile(bf16* tile, const bf16* rows, int stride, int first, int end) {
     constexpr int CHUNKS = HS / 8, STEP = THREADS / CHUNKS;
     static_assert(STEP % 8 == 0 && ROWS % STEP == 0,
                   "a thread's chunks, STEP rows apart, have one place in their rows");
@@ -139,15 +156,15 @@ static __device__ inline void load_tile(bf16* tile, const bf16* rows, int stride
     bf16* to = tile + tile_at<HS>(row, chunk);
 #pragma unroll
     for (int i = 0; i < ROWS; i += STEP, from += (size_t)STEP * (size_t)stride)
-        cp_async_or_zero<16>(to + i * HS, from, first + row + i < T);
+        cp_async_or_zero<16>(to + i * HS, from, first + row + i < end);
 }
 
 // A stage: ROWS rows of x, then the same rows of y.
 template <int HS, int ROWS, int THREADS>
 static __device__ inline void load_stage(bf16* stage, const bf16* x, int x_stride, const bf16* y,
-                                         int y_stride, int first, int T) {
-    load_tile<HS, ROWS, THREADS>(stage, x, x_stride, first, T);
-    load_tile<HS, ROWS, THREADS>(stage + ROWS * HS, y, y_stride, first, T);
+                                         int y_stride, int first, int end) {
+    load_tile<HS, ROWS, THREADS>(stage, x, x_stride, first, end);
+    load_tile<HS, ROWS, THREADS>(stage + ROWS * HS, y, y_stride, first, end);
 }
 
 // Writes a warp's accumulators (16, HS), times a factor for each of a lane's two rows, to `rows` rows of out.
@@ -236,20 +253,20 @@ static __device__ inline void add_product(float o[HS / 8][4], const float p[N / 
 }
 
 // ----------------------------------------------------------------------------
-// who sees whom: query q sees keys start[q] .. q, and start never decreases along a sequence
+// who sees whom: the query at position q sees keys start .. q, and start never decreases along a sequence
 
 // A warp's 16 queries.
 typedef struct {
-    int first;    // of them
+    int first;    // position of the first
     int start[2]; // of the lane's two
 } QueryRows;
 
-// Rows beyond T are never written; they do as the last one does.
-static __device__ inline QueryRows query_rows(const int* starts, int first, int T) {
+// Those from position `first` on. Rows beyond the tile's are never written; they do as the last one does.
+static __device__ inline QueryRows query_rows(const int* starts, const QueryTile* tile, int first) {
     QueryRows rows = {first, {0, 0}};
     for (int i = 0; i < 2 && starts != NULL; i++) {
         int q = first + lane_row() + 8 * i;
-        rows.start[i] = starts[q < T ? q : T - 1];
+        rows.start[i] = starts[(q < tile->end ? q : tile->end - 1) - tile->ahead];
     }
     return rows;
 }

@@ -1,20 +1,21 @@
-// embedding: out[n] = wte[token[n]] + wpe[t]
+// embedding: out[n] = wte[token[n]] + wpe[position of n]
 //     forward reads and writes N C once, and reads the rows of the table; backward reads dout once for the
 //     tokens and once for the positions
 #pragma once
 #include "llmc/cuda_common.cuh" // defines: floatX, Vec, load_vec, store_vec
+#include "llmc/positions.h"     // defines: Positions, position_at
 
 // Chosen by counting, not yet measured: a warp copies a row; all the rows of a frequent token are summed by
 // the same threads, which therefore have EMBEDDING_BATCH of them on their way at a time.
 enum { EMBEDDING_ROWS = 4, EMBEDDING_THREADS = 128, EMBEDDING_BATCH = 8 };
 
 static __global__ void embedding_forward_kernel(floatX* out, const int* tokens, const floatX* wte,
-                                                const floatX* wpe, int N, int T, int C) {
+                                                const floatX* wpe, Positions at, int N, int T, int C) {
     int n = (int)(blockIdx.x * EMBEDDING_ROWS + threadIdx.y);
     if (n >= N) return;
     bool here = tokens[n] >= 0;
     const floatX* token = wte + (here ? (size_t)tokens[n] * (size_t)C : 0);
-    const floatX* position = wpe + (wpe != NULL ? (size_t)(n % T) * (size_t)C : 0);
+    const floatX* position = wpe + (wpe != NULL ? (size_t)position_at(at, n % T) * (size_t)C : 0);
     floatX* row = out + (size_t)n * (size_t)C;
 #pragma unroll 4
     for (int c = (int)threadIdx.x * VEC; c < C; c += WARP * VEC) {
@@ -28,13 +29,13 @@ static __global__ void embedding_forward_kernel(floatX* out, const int* tokens, 
     }
 }
 
-// out (B, T, C) =; wte (V, C), wpe (T or more, C) or NULL. To decode at t: T = 1 and wpe + t * C. A negative token
-// is one whose row another rank has: zero here.
+// out (B, T, C) =; wte (V, C), wpe (positions, C) or NULL; row (b, t) has position_at(at, t). A negative token is
+// one whose row another rank has: zero here.
 static inline void embedding_forward(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe,
-                                     int B, int T, int C, cudaStream_t stream) {
+                                     Positions at, int B, int T, int C, cudaStream_t stream) {
     unsigned blocks = (unsigned)ceil_div((size_t)B * (size_t)T, EMBEDDING_ROWS);
-    embedding_forward_kernel<<<blocks, dim3(WARP, EMBEDDING_ROWS), 0, stream>>>(out, tokens, wte, wpe, B * T,
-                                                                                T, C);
+    embedding_forward_kernel<<<blocks, dim3(WARP, EMBEDDING_ROWS), 0, stream>>>(out, tokens, wte, wpe, at,
+                                                                                B * T, T, C);
     LAUNCH_CHECK();
 }
 
@@ -77,7 +78,8 @@ static __global__ void __launch_bounds__(EMBEDDING_THREADS)
 }
 
 template <typename Grad>
-static __global__ void position_gradient_kernel(Grad* dwpe, const floatX* dout, int B, int T, int C) {
+static __global__ void position_gradient_kernel(Grad* dwpe, const floatX* dout, Positions at, int B, int T,
+                                                int C) {
     int t = (int)blockIdx.x, c = ((int)blockIdx.y * EMBEDDING_THREADS + (int)threadIdx.x) * VEC;
     if (c >= C) return;
     float sum[VEC] = {0};
@@ -86,18 +88,20 @@ static __global__ void position_gradient_kernel(Grad* dwpe, const floatX* dout, 
         Vec<floatX> v = load_vec(dout + ((size_t)b * (size_t)T + (size_t)t) * (size_t)C + (size_t)c);
         for (int k = 0; k < VEC; k++) sum[k] += to_float(v.at[k]);
     }
-    add_to_gradient(dwpe + (size_t)t * (size_t)C + (size_t)c, sum);
+    add_to_gradient(dwpe + (size_t)position_at(at, t) * (size_t)C + (size_t)c, sum);
 }
 
-// dwte (V, C) +=, dwpe (T, C) += or NULL; dout (B, T, C), tokens (B, T), order (B T) as token_order gives it
+// dwte (V, C) +=, dwpe (positions, C) += or NULL; dout (B, T, C), tokens (B, T), order (B T) as token_order gives it
 template <typename Grad>
 static inline void embedding_backward(Grad* dwte, Grad* dwpe, const floatX* dout, const int* tokens,
-                                      const int* order, int B, int T, int C, cudaStream_t stream) {
+                                      const int* order, Positions at, int B, int T, int C,
+                                      cudaStream_t stream) {
     unsigned tiles = (unsigned)ceil_div((size_t)(C / VEC), EMBEDDING_THREADS);
     token_gradient_kernel<<<dim3((unsigned)(B * T), tiles), EMBEDDING_THREADS, 0, stream>>>(
         dwte, dout, tokens, order, B * T, C);
     LAUNCH_CHECK();
     if (dwpe == NULL) return;
-    position_gradient_kernel<<<dim3((unsigned)T, tiles), EMBEDDING_THREADS, 0, stream>>>(dwpe, dout, B, T, C);
+    position_gradient_kernel<<<dim3((unsigned)T, tiles), EMBEDDING_THREADS, 0, stream>>>(dwpe, dout, at, B, T,
+                                                                                         C);
     LAUNCH_CHECK();
 }

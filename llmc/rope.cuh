@@ -4,6 +4,7 @@
 //     reads and writes (NH + NKV) / (NH + 2 NKV) of qkv once
 #pragma once
 #include "llmc/cuda_common.cuh" // defines: floatX, Vec, load_vec, to_float, from_float
+#include "llmc/positions.h"     // defines: Positions, position_at
 
 enum { ROPE_THREADS = 128 };
 
@@ -12,10 +13,10 @@ template <int PAIRS> struct alignas(PAIRS * sizeof(floatX)) RopeVec { floatX at[
 
 // A block has row n. direction 1 turns forward, -1 back: the gradient of a rotation is the rotation back
 template <int PAIRS>
-static __global__ void rope_kernel(floatX* qkv, const float* cos_table, const float* sin_table, int offset,
+static __global__ void rope_kernel(floatX* qkv, const float* cos_table, const float* sin_table, Positions at,
                                    int T, int NH, int NKV, int HS, float direction) {
     int n = (int)blockIdx.x, half = HS / 2, per_head = half / PAIRS;
-    size_t angles = (size_t)(offset + n % T) * (size_t)half;
+    size_t angles = (size_t)position_at(at, n % T) * (size_t)half;
     floatX* row = qkv + (size_t)n * (size_t)((NH + 2 * NKV) * HS);
     for (int i = (int)threadIdx.x; i < (NH + NKV) * per_head; i += ROPE_THREADS) {
         int pair = i % per_head * PAIRS;
@@ -36,20 +37,20 @@ static __global__ void rope_kernel(floatX* qkv, const float* cos_table, const fl
     }
 }
 
-static inline void rope_rotate(floatX* qkv, const float* cos_table, const float* sin_table, int offset, int B,
-                               int T, int NH, int NKV, int HS, float direction, cudaStream_t stream) {
+static inline void rope_rotate(floatX* qkv, const float* cos_table, const float* sin_table, Positions at,
+                               int B, int T, int NH, int NKV, int HS, float direction, cudaStream_t stream) {
     auto kernel = HS / 2 % VEC == 0 ? rope_kernel<VEC> : rope_kernel<4>; // HS is a multiple of 8
-    kernel<<<(unsigned)(B * T), ROPE_THREADS, 0, stream>>>(qkv, cos_table, sin_table, offset, T, NH, NKV, HS,
+    kernel<<<(unsigned)(B * T), ROPE_THREADS, 0, stream>>>(qkv, cos_table, sin_table, at, T, NH, NKV, HS,
                                                            direction);
     LAUNCH_CHECK();
 }
 
-// qkv (B, T, (NH + 2 NKV) * HS); row (b, t) has position offset + t of the tables (positions, HS / 2)
-static inline void rope_forward(floatX* qkv, const float* cos_table, const float* sin_table, int offset,
+// qkv (B, T, (NH + 2 NKV) * HS); row (b, t) turns by row position_at(at, t) of the tables (positions, HS / 2)
+static inline void rope_forward(floatX* qkv, const float* cos_table, const float* sin_table, Positions at,
                                 int B, int T, int NH, int NKV, int HS, cudaStream_t stream) {
-    rope_rotate(qkv, cos_table, sin_table, offset, B, T, NH, NKV, HS, 1, stream);
+    rope_rotate(qkv, cos_table, sin_table, at, B, T, NH, NKV, HS, 1, stream);
 }
-static inline void rope_backward(floatX* dqkv, const float* cos_table, const float* sin_table, int offset,
+static inline void rope_backward(floatX* dqkv, const float* cos_table, const float* sin_table, Positions at,
                                  int B, int T, int NH, int NKV, int HS, cudaStream_t stream) {
-    rope_rotate(dqkv, cos_table, sin_table, offset, B, T, NH, NKV, HS, -1, stream);
+    rope_rotate(dqkv, cos_table, sin_table, at, B, T, NH, NKV, HS, -1, stream);
 }

@@ -177,14 +177,17 @@ static void bench_embedding_and_rope(int C) {
            *wpe = random_device((size_t)T * (size_t)C, 1), *qkv = random_device(3 * NC, 1);
     float *dwte = zeros<float>((size_t)V * (size_t)C), *dwpe = zeros<float>((size_t)T * (size_t)C);
     float *cosines = zeros<float>((size_t)T * 32), *sines = zeros<float>((size_t)T * 32);
+    Positions all_rows = positions_of(T, 0, 1);
     double nc = (double)NC * sizeof(floatX);
-    report_kernel("embedding forward", 2 * nc,
-                  seconds_of([&] { embedding_forward(x, device_tokens, wte, wpe, B, T, C, stream); }));
+    report_kernel("embedding forward", 2 * nc, seconds_of([&] {
+                      embedding_forward(x, device_tokens, wte, wpe, all_rows, B, T, C, stream);
+                  }));
     report_kernel("embedding backward", 2 * nc, seconds_of([&] {
-                      embedding_backward(dwte, dwpe, x, device_tokens, device_order, B, T, C, stream);
+                      embedding_backward(dwte, dwpe, x, device_tokens, device_order, all_rows, B, T, C,
+                                         stream);
                   }));
     report_kernel("rope (q and k, in place)", 4 * nc,
-                  seconds_of([&] { rope_forward(qkv, cosines, sines, 0, B, T, NH, NH, 64, stream); }));
+                  seconds_of([&] { rope_forward(qkv, cosines, sines, all_rows, B, T, NH, NH, 64, stream); }));
     void* all[] = {device_tokens, device_order, x, wte, wpe, qkv, dwte, dwpe, cosines, sines};
     for (size_t i = 0; i < sizeof all / sizeof all[0]; i++) CUDA_CHECK(cudaFree(all[i]));
 }
@@ -197,13 +200,12 @@ static void bench_attention(int HS, int T, int B, int NH) {
     floatX *qkv = random_device(3 * N * Q, 1), *out = random_device(N * Q, 1),
            *dout = random_device(N * Q, 1), *dqkv = random_device(3 * N * Q, 1);
     float* lse = zeros<float>(N * (size_t)NH);
-    void* scratch = device_bytes(attention_scratch_bytes(B, T, NH, NH, HS));
+    AttentionShape shape = {B, T, T, NH, NH, HS, positions_of(T, 0, 1)};
+    void* scratch = device_bytes(attention_scratch_bytes(shape));
     double flops = 2.0 * (double)N * T * (double)Q; // 4 T^2 HS a head, half of it behind the causal mask
-    double forward = seconds_of(
-        [&] { attention_forward(out, lse, scratch, qkv, (const int*)NULL, B, T, NH, NH, HS, stream); });
-    double backward = seconds_of([&] {
-        attention_backward(dqkv, scratch, dout, qkv, out, lse, (const int*)NULL, B, T, NH, NH, HS, stream);
-    });
+    double forward = seconds_of([&] { attention_forward(out, lse, qkv, NULL, NULL, shape, stream); });
+    double backward = seconds_of(
+        [&] { attention_backward(dqkv, NULL, scratch, dout, qkv, NULL, out, lse, NULL, shape, stream); });
     printf("head %3d  T %5d  B %2d  heads %2d   forward %6.1f   backward %6.1f   both %6.1f TFLOP/s\n", HS, T,
            B, NH, flops / forward / 1e12, 2.5 * flops / backward / 1e12,
            3.5 * flops / (forward + backward) / 1e12);

@@ -110,6 +110,12 @@ static void plain_add(float* sum, double weight, const double* x, size_t n) {
     for (size_t i = 0; i < n; i++) sum[i] += (float)weight * (float)x[i];
 }
 
+// The rank that has position t, written out: chunk i and chunk 2 * ranks - 1 - i are of rank i.
+static int rank_of(const AttentionCase& c, int t, int ranks) {
+    int chunk = t / (c.T / (2 * ranks));
+    return ranks == 1 ? 0 : chunk < ranks ? chunk : 2 * ranks - 1 - chunk;
+}
+
 // One query row of one head: all of the forward pass, and the row's part in the backward pass. q, k, v, dout:
 // rows, those of keys `row` apart; dq (HS), dk and dv (T, HS) +=
 static void plain_row(double* out, double* lse, float* dq, float* dk, float* dv, const double* q,
@@ -140,8 +146,9 @@ static void plain_row(double* out, double* lse, float* dq, float* dk, float* dv,
     }
 }
 
+// dk and dv are the sums of what `ranks` that share the sequences leave, each of them rounded.
 static AttentionArrays attention_plain(const AttentionCase& c, const double* qkv, const double* dout,
-                                       const int* starts) {
+                                       const int* starts, int ranks = 1) {
     AttentionSizes n = sizes_of_case(c);
     AttentionArrays a = empty_arrays(n);
     int group = c.NH / c.NKV;
@@ -149,21 +156,25 @@ static AttentionArrays attention_plain(const AttentionCase& c, const double* qkv
         for (int kv = 0; kv < c.NKV; kv++) {
             size_t sequence = (size_t)b * n.T, k_part = (size_t)(c.NH + kv) * n.HS,
                    v_part = k_part + (size_t)c.NKV * n.HS;
-            std::vector<float> dk(n.T * n.HS), dv(n.T * n.HS);
-            for (int h = kv * group; h < (kv + 1) * group; h++)
-                for (size_t t = 0; t < n.T; t++) {
-                    size_t at = (sequence + t) * n.row + (size_t)h * n.HS,
-                           in_out = (sequence + t) * n.out_row + (size_t)h * n.HS;
-                    size_t begin = starts != NULL ? (size_t)starts[sequence + t] : 0;
-                    std::vector<float> dq(n.HS);
-                    plain_row(a.out + in_out, a.lse + ((size_t)b * (size_t)c.NH + (size_t)h) * n.T + t,
-                              dq.data(), dk.data(), dv.data(), qkv + at, qkv + sequence * n.row + k_part,
-                              qkv + sequence * n.row + v_part, dout + in_out, n, begin, t + 1);
-                    for (size_t i = 0; i < n.HS; i++) a.dqkv[at + i] = rounded((double)dq[i]);
+            for (int r = 0; r < ranks; r++) {
+                std::vector<float> dk(n.T * n.HS), dv(n.T * n.HS);
+                for (int h = kv * group; h < (kv + 1) * group; h++)
+                    for (size_t t = 0; t < n.T; t++) {
+                        size_t at = (sequence + t) * n.row + (size_t)h * n.HS,
+                               in_out = (sequence + t) * n.out_row + (size_t)h * n.HS;
+                        size_t begin = starts != NULL ? (size_t)starts[sequence + t] : 0;
+                        std::vector<float> dq(n.HS);
+                        if (rank_of(c, (int)t, ranks) != r) continue;
+                        plain_row(a.out + in_out, a.lse + ((size_t)b * (size_t)c.NH + (size_t)h) * n.T + t,
+                                  dq.data(), dk.data(), dv.data(), qkv + at, qkv + sequence * n.row + k_part,
+                                  qkv + sequence * n.row + v_part, dout + in_out, n, begin, t + 1);
+                        for (size_t i = 0; i < n.HS; i++) a.dqkv[at + i] = rounded((double)dq[i]);
+                    }
+                for (size_t i = 0; i < n.T * n.HS; i++) {
+                    size_t row = (sequence + i / n.HS) * n.row + i % n.HS;
+                    a.dqkv[row + k_part] += rounded((double)dk[i]);
+                    a.dqkv[row + v_part] += rounded((double)dv[i]);
                 }
-            for (size_t i = 0; i < n.T * n.HS; i++) {
-                size_t row = (sequence + i / n.HS) * n.row + i % n.HS;
-                a.dqkv[row + k_part] = rounded((double)dk[i]), a.dqkv[row + v_part] = rounded((double)dv[i]);
             }
         }
     return a;
@@ -171,6 +182,11 @@ static AttentionArrays attention_plain(const AttentionCase& c, const double* qkv
 
 // ----------------------------------------------------------------------------
 // ours
+
+static AttentionShape shape_of(const AttentionCase& c) {
+    AttentionShape shape = {c.B, c.T, c.T, c.NH, c.NKV, c.HS, positions_of(c.T, 0, 1)};
+    return shape;
+}
 
 // Arrays on the device, poisoned before the kernels write them.
 struct DeviceAttention {
@@ -180,7 +196,7 @@ struct DeviceAttention {
 
 static DeviceAttention poisoned_attention(const AttentionCase& c) {
     AttentionSizes n = sizes_of_case(c);
-    size_t scratch = attention_scratch_bytes(c.B, c.T, c.NH, c.NKV, c.HS) / sizeof(float);
+    size_t scratch = attention_scratch_bytes(shape_of(c)) / sizeof(float);
     DeviceAttention a = {poisoned_device<floatX>(n.out), poisoned_device<floatX>(n.qkv),
                          poisoned_device<float>(n.lse), poisoned_device<float>(scratch)};
     return a;
@@ -189,17 +205,20 @@ static DeviceAttention poisoned_attention(const AttentionCase& c) {
 static DeviceAttention run_attention(const AttentionCase& c, const floatX* qkv, const floatX* dout,
                                      const int* starts) {
     DeviceAttention a = poisoned_attention(c);
-    attention_forward(a.out, a.lse, a.scratch, qkv, starts, c.B, c.T, c.NH, c.NKV, c.HS, 0);
-    attention_backward(a.dqkv, a.scratch, dout, qkv, a.out, a.lse, starts, c.B, c.T, c.NH, c.NKV, c.HS, 0);
+    attention_forward(a.out, a.lse, qkv, NULL, starts, shape_of(c), 0);
+    attention_backward(a.dqkv, NULL, a.scratch, dout, qkv, NULL, a.out, a.lse, starts, shape_of(c), 0);
     return a;
 }
 
 static DeviceAttention run_general_attention(const AttentionCase& c, const floatX* qkv, const floatX* dout,
                                              const int* starts) {
     DeviceAttention a = poisoned_attention(c);
-    attention_general_forward(a.out, a.lse, qkv, starts, c.B, c.T, c.NH, c.NKV, c.HS, 0);
-    attention_delta(a.scratch, dout, a.out, c.B, c.T, c.NH, c.HS, 0);
-    attention_general_backward(a.dqkv, dout, qkv, a.lse, a.scratch, starts, c.B, c.T, c.NH, c.NKV, c.HS, 0);
+    AttentionShape shape = shape_of(c);
+    KeyValues<const floatX> kv = key_values(qkv, (const floatX*)NULL, shape);
+    KeyValues<floatX> dkv = key_values(a.dqkv, (floatX*)NULL, shape);
+    attention_general_forward(a.out, a.lse, qkv, kv, starts, shape, 0);
+    attention_delta(a.scratch, dout, a.out, shape, 0);
+    attention_general_backward(a.dqkv, dkv, dout, qkv, kv, a.lse, a.scratch, starts, shape, 0);
     return a;
 }
 

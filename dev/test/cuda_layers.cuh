@@ -213,11 +213,12 @@ static void test_embedding(int B, int T, int C, int V, bool positions, bool one_
            *dev_out = poisoned_device<floatX>(n), *dev_dout = to_device<floatX>(dout, n);
     Grad *dev_dwte = to_device<Grad>(dwte, table), *dev_dwpe = to_device<Grad>(dwpe, places);
     Grad *again_dwte = to_device<Grad>(dwte, table), *again_dwpe = to_device<Grad>(dwpe, places);
-    embedding_forward(dev_out, dev_tokens, dev_wte, positions ? dev_wpe : NULL, B, T, C, test_stream);
-    embedding_backward(dev_dwte, positions ? dev_dwpe : (Grad*)NULL, dev_dout, dev_tokens, dev_order, B, T, C,
-                       test_stream);
-    embedding_backward(again_dwte, positions ? again_dwpe : (Grad*)NULL, dev_dout, dev_tokens, dev_order, B,
+    Positions at = positions_of(T, 0, 1);
+    embedding_forward(dev_out, dev_tokens, dev_wte, positions ? dev_wpe : NULL, at, B, T, C, test_stream);
+    embedding_backward(dev_dwte, positions ? dev_dwpe : (Grad*)NULL, dev_dout, dev_tokens, dev_order, at, B,
                        T, C, test_stream);
+    embedding_backward(again_dwte, positions ? again_dwpe : (Grad*)NULL, dev_dout, dev_tokens, dev_order, at,
+                       B, T, C, test_stream);
     Array plain_dwte(table), plain_dwpe(places);
     for (size_t i = 0; i < table; i++)
         plain_dwte[i] = (double)to_float(rounded_to<Grad>((double)plain_wte[i]));
@@ -270,8 +271,8 @@ static void test_rope(int B, int T, int NH, int NKV, int HS, int offset) {
                     plain[at + half] = rounded(v * cosines[angle] + u * s);
                 }
         floatX* device = to_device<floatX>(x, n);
-        (back ? rope_backward : rope_forward)(device, dev_cos, dev_sin, offset, B, T, NH, NKV, HS,
-                                              test_stream);
+        Positions at = {T, {offset, offset + T}};
+        (back ? rope_backward : rope_forward)(device, dev_cos, dev_sin, at, B, T, NH, NKV, HS, test_stream);
         char name[100];
         snprintf(name, sizeof name, "rope %s B=%d T=%d NH=%d NKV=%d HS=%d at %d",
                  back ? "backward" : "forward", B, T, NH, NKV, HS, offset);
