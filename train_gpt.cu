@@ -16,25 +16,26 @@
 // FC = FF, or 2 FF where a gate lies beside it. A gradient's name is its tensor's with a d in front. Grad is
 // the element type of parameter gradients: float, or floatX (precision.gradients).
 //
-// On many GPUs these are a rank's shares: heads, FF, V and L are divided by the layout (llmc/layout.h) before
+// On many GPUs these are a rank's shares: heads, FF, V, L and T are divided by the layout (llmc/layout.h) before
 // anything is allocated, and NS = N / tp is its share of the rows between the matmuls.
-#include "llmc/adamw.cuh"           // defines: StepControl, adamw_update, update_control
-#include "llmc/attention.cuh"       // defines: attention_forward, attention_backward, attention_decode
-#include "llmc/activation.cuh"      // defines: activation_forward, activation_backward
-#include "llmc/classifier.cuh"      // defines: classifier, classifier_parts
-#include "llmc/comm.cuh"            // defines: Comm, comm_all_reduce, comm_all_gather ...
-#include "llmc/cuda_common.cuh"     // defines: floatX, CUDA_CHECK
-#include "llmc/device.cuh"          // defines: Device, device_open
-#include "llmc/embedding.cuh"       // defines: embedding_forward, embedding_backward
-#include "llmc/global_norm.cuh"     // defines: global_norm_squared, add_sum
-#include "llmc/matmul.cuh"          // defines: Matmul, matmul_forward, matmul_backward ...
-#include "llmc/norm.cuh"            // defines: norm_forward, residual_norm_forward, norm_backward
-#include "llmc/rope.cuh"            // defines: rope_forward, rope_backward
-#include "llmc/tensor_parallel.cuh" // defines: column_parallel_forward, row_parallel_forward ...
-#include "llmc/dataloader.h"        // defines: document_starts
-#include "llmc/probe.cuh"           // defines: probe_rates
-#include "llmc/program.h"           // defines: what the run asks of this program
-#include "llmc/token_order.h"       // defines: token_order
+#include "llmc/adamw.cuh"            // defines: StepControl, adamw_update, update_control
+#include "llmc/attention.cuh"        // defines: attention_forward, attention_backward, attention_decode
+#include "llmc/activation.cuh"       // defines: activation_forward, activation_backward
+#include "llmc/classifier.cuh"       // defines: classifier, classifier_parts
+#include "llmc/comm.cuh"             // defines: Comm, comm_all_reduce, comm_all_gather ...
+#include "llmc/context_parallel.cuh" // defines: ContextParallel, begin_gathering_keys, gathered_keys ...
+#include "llmc/cuda_common.cuh"      // defines: floatX, CUDA_CHECK
+#include "llmc/device.cuh"           // defines: Device, device_open
+#include "llmc/embedding.cuh"        // defines: embedding_forward, embedding_backward
+#include "llmc/global_norm.cuh"      // defines: global_norm_squared, add_sum
+#include "llmc/matmul.cuh"           // defines: Matmul, matmul_forward, matmul_backward ...
+#include "llmc/norm.cuh"             // defines: norm_forward, residual_norm_forward, norm_backward
+#include "llmc/rope.cuh"             // defines: rope_forward, rope_backward
+#include "llmc/tensor_parallel.cuh"  // defines: column_parallel_forward, row_parallel_forward ...
+#include "llmc/dataloader.h"         // defines: document_starts
+#include "llmc/probe.cuh"            // defines: probe_rates
+#include "llmc/program.h"            // defines: what the run asks of this program
+#include "llmc/token_order.h"        // defines: token_order
 
 #include <nvtx3/nvToolsExt.h>
 
@@ -139,7 +140,7 @@ struct GPT {
     ParameterLayout layout;
     BucketTable* tables; // (num_buckets)
     int B, T;            // the micro-batch that the activations have room for
-    Positions positions; // of the T rows of a sequence
+    Positions positions; // of the T rows of each sequence that this rank has
     int recompute;       // a Recompute
     int zero;            // a ZeroStage; nothing is shared out by one rank
     bool grad_windows, deterministic;
@@ -152,7 +153,7 @@ struct GPT {
     void* ordered; // deterministic: all ranks' parts of a slice
     Slot* slots;
     int num_slots;
-    float* losses;              // (N)
+    float *all_losses, *losses; // (cp, N) (N): of the ranks that share sequences; the part of this one
     float *rope_cos, *rope_sin; // (maxT, HS / 2), NULL with learned positions
     bool document_mask;
     StepControl* control;
@@ -177,6 +178,7 @@ struct GPT {
     // other ranks
     Comm comm;
     TensorParallel tp;
+    ContextParallel cp;
     PipelineList list;
     int list_micro_batches, passes; // what the list is for; backward passes so far
     cudaStream_t links[NUM_LINKS], comm_stream;
@@ -187,9 +189,10 @@ struct GPT {
     cudaStream_t stream, copy_stream;
     cudaEvent_t step_done, snapshot_done;
     int *step_batch[2], *eval_batch; // pinned: the micro-batches of this step and of the next; one more
-    int* order_counts;               // scratch of token_order
+    int *order_counts, *starts;      // scratch of token_order and of document_starts
     int step_slot, step_micro_batches;
-    float* host_losses;        // (N) pinned
+    float* host_losses;        // (cp, N) pinned
+    float* row_losses;         // (B, cp T): the same, as rows
     StepControl* host_control; // pinned: what the last step reported
     float grad_scale;          // 1 / targets of a step
     bool use_graph, plans_made;
@@ -225,6 +228,9 @@ template <typename X> static void arena_take(X** piece, Arena* arena, size_t n) 
 
 static size_t rows_of(const GPT* g) { return (size_t)g->B * (size_t)g->T; }
 static size_t shard_rows(const GPT* g) { return rows_of(g) / (size_t)g->place.tp_size; }
+static size_t kv_columns(const GPT* g) { // of qkv: keys and values
+    return model_dim(&g->config, DIM_QKV) - model_dim(&g->config, DIM_HEADS);
+}
 static int num_buckets(const GPT* g) { return g->config.num_hidden_layers + 2; }
 static Bucket bucket_at(const GPT* g, int b) {
     return parameter_bucket(&g->layout, g->config.num_hidden_layers, b);
@@ -233,7 +239,7 @@ static Bucket bucket_at(const GPT* g, int b) {
 // What attention is called with for B sequences.
 static AttentionShape attention_shape(const GPT* g, int B) {
     int NH = g->config.num_attention_heads, NKV = g->config.num_key_value_heads;
-    AttentionShape shape = {B, g->T, g->T, NH, NKV, g->config.head_dim, g->positions};
+    AttentionShape shape = {B, g->T, g->T * g->place.cp_size, NH, NKV, g->config.head_dim, g->positions};
     return shape;
 }
 
@@ -291,7 +297,8 @@ static void lay_out_activations(GPT* g, Arena* arena, bool training) {
         arena_take(&slot->lnf, arena, NS * C);
         arena_take(&slot->lnf_mean, arena, NS), arena_take(&slot->lnf_rstd, arena, NS);
     }
-    arena_take(&g->losses, arena, rows_of(g));
+    arena_take(&g->all_losses, arena, (size_t)g->place.cp_size * rows_of(g));
+    g->losses = g->all_losses + (size_t)g->place.cp * rows_of(g);
 }
 
 static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
@@ -353,6 +360,9 @@ static void lay_out_scratch(GPT* g, Arena* arena, bool training) {
         if (training && (i == 0 || g->place.pp_size > 1))
             arena_take(&g->residual_gradients[i], arena, NS * C);
     }
+    size_t keys = (size_t)g->place.cp_size * N * kv_columns(g);
+    if (g->place.cp_size > 1) arena_take(&g->cp.parts, arena, keys), arena_take(&g->cp.keys, arena, keys);
+    if (g->place.cp_size > 1 && training) arena_take(&g->cp.dkeys, arena, keys);
     if (training) {
         arena_take(&g->bias_scratch, arena, matmul_bias_scratch((int)widest));
         arena_take(&g->column_scratch, arena,
@@ -434,8 +444,8 @@ static void gpt_configure(GPT* g, const RunConfig* run, int B, int T, bool train
     g->run = run, g->place = run->layout;
     g->config = model_part(&run->model, &g->place);
     g->layout = layout_parameters(&g->config, &g->place);
-    g->B = B, g->T = T;
-    g->positions = positions_of(T, 0, 1);
+    g->B = B, g->T = T / g->place.cp_size;
+    g->positions = positions_of(T, g->place.cp, g->place.cp_size);
     g->recompute = run->batch.recompute;
     g->zero = g->place.dp_size == 1 ? (int)ZERO_OPTIMIZER : run->parallel.zero_stage;
     g->deterministic = run->parallel.deterministic;
@@ -448,7 +458,8 @@ static void gpt_configure(GPT* g, const RunConfig* run, int B, int T, bool train
     g->moments_bf16 = run->precision.moments == STORE_BF16;
     g->num_slots = 1;
     if (training) {
-        int micro_batches = run->batch.global_batch_size / run->batch.micro_batch_size / g->place.dp_size;
+        int micro_batches =
+            run->batch.global_batch_size / run->batch.micro_batch_size / num_replicas(&g->place);
         g->list_micro_batches = micro_batches > 0 ? micro_batches : 1;
         g->list = pass_list(g, g->list_micro_batches);
         g->num_slots = g->list.num_slots;
@@ -736,7 +747,8 @@ static void block_forward_inside(GPT* g, const Pass* pass, int l, int B) {
     column_parallel_forward(a->qkv, a->ln1, p.qkvw, p.qkvb, N, C, QKV, mm, tp);
     if (g->rope_cos != NULL)
         rope_forward(a->qkv, g->rope_cos, g->rope_sin, g->positions, B, T, NH, NKV, HS, stream);
-    attention_forward(a->att, a->lse, a->qkv, NULL, starts, attention_shape(g, B), stream);
+    begin_gathering_keys(&g->cp, a->qkv, B, T, QKV, QKV - Q, false);
+    attention_forward(a->att, a->lse, a->qkv, gathered_keys(&g->cp), starts, attention_shape(g, B), stream);
     row_parallel_forward(g->hidden, a->att, p.attprojw, p.attprojb, N, Q, C, mm, tp);
     residual_norm_forward(a->residual2, a->ln2, a->ln2_mean, a->ln2_rstd, residual_into(pass, l), g->hidden,
                           p.ln2w, p.ln2b, NS, C, (float)c->norm_eps, c->family->norm, stream);
@@ -889,6 +901,7 @@ template <typename Grad> static void block_backward(GPT* g, const Pass* pass, in
     Parameters<floatX> p = weights_of(g, l);
     Parameters<Grad> dp = gradients_of<Grad>(g, l), none = {}, dw = pass->weights_later ? none : dp;
     block_recompute(g, pass, l, B);
+    begin_gathering_keys(&g->cp, a->qkv, B, T, QKV, QKV - Q, true);
     mlp_backward(g, a, dw, p, N);
     if (norms_again)
         norm_forward(a->ln2, a->ln2_mean, a->ln2_rstd, a->residual2, p.ln2w, p.ln2b, NS, C, eps, norm,
@@ -900,8 +913,9 @@ template <typename Grad> static void block_backward(GPT* g, const Pass* pass, in
 
     row_parallel_backward(g->datt, dw.attprojw, dw.attprojb, g->dresidual, a->att, p.attprojw, N, Q, C, mm,
                           tp);
-    attention_backward(g->dqkv, NULL, g->attention_scratch, g->datt, a->qkv, NULL, a->att, a->lse, starts,
-                       attention_shape(g, B), stream);
+    attention_backward(g->dqkv, g->cp.dkeys, g->attention_scratch, g->datt, a->qkv, gathered_keys(&g->cp),
+                       a->att, a->lse, starts, attention_shape(g, B), stream);
+    scatter_key_gradients(&g->cp, g->dqkv, B, T, QKV, QKV - Q);
     if (g->rope_cos != NULL)
         rope_backward(g->dqkv, g->rope_cos, g->rope_sin, g->positions, B, T, NH, NKV, HS, stream);
     if (norms_again)
@@ -1114,19 +1128,22 @@ static void run_passes(GPT* g) {
     }
 }
 
-// rows (B, T + 1) -> the arrays of one micro-batch: inputs and targets, one shifted against the other, where
-// documents start, and the positions in the order of their tokens, by which the embedding's gradient is summed.
-// Inputs are rows of this rank's part of the embedding.
+// rows (B, cp T + 1) -> the arrays of one micro-batch, of this rank's positions: inputs and targets, one shifted against
+// the other, where documents start, and the rows in the order of their tokens, by which the embedding's gradient is
+// summed. Inputs are rows of this rank's part of the embedding.
 static void fill_batch(GPT* g, int* batch, const int32_t* rows, int num_rows, bool document_mask,
                        int eot_id) {
-    size_t N = rows_of(g), T = (size_t)g->T;
+    size_t N = rows_of(g), T = (size_t)g->T, whole = T * (size_t)g->place.cp_size;
     int V = g->config.vocab_size, first = g->place.tp_size > 1 ? g->place.tp * V : 0;
-    int* inputs = batch + BATCH_INPUTS * N;
+    int *inputs = batch + BATCH_INPUTS * N, *targets = batch + BATCH_TARGETS * N;
     for (size_t b = 0; b < (size_t)num_rows; b++) {
-        const int32_t* row = rows + b * (T + 1);
-        memcpy(inputs + b * T, row, T * sizeof(int));
-        memcpy(batch + BATCH_TARGETS * N + b * T, row + 1, T * sizeof(int));
-        if (document_mask) document_starts(batch + BATCH_DOC_START * N + b * T, row, g->T, eot_id);
+        const int32_t* row = rows + b * (whole + 1);
+        if (document_mask) document_starts(g->starts, row, (int)whole, eot_id);
+        for (size_t t = 0; t < T; t++) {
+            int position = position_at(g->positions, (int)t);
+            inputs[b * T + t] = row[position], targets[b * T + t] = row[position + 1];
+            if (document_mask) batch[BATCH_DOC_START * N + b * T + t] = g->starts[position];
+        }
     }
     for (size_t i = 0; g->place.tp_size > 1 && i < (size_t)num_rows * T; i++)
         inputs[i] = inputs[i] >= first && inputs[i] < first + V ? inputs[i] - first : -1;
@@ -1136,7 +1153,7 @@ static void fill_batch(GPT* g, int* batch, const int32_t* rows, int num_rows, bo
 
 // Prepares the rows of the next step (num_rows, T + 1) while the device works on the current one.
 void gpt_load_batch(GPT* g, const int32_t* rows, int num_rows, bool document_mask, int eot_id) {
-    size_t micro_batch = NUM_BATCH_ARRAYS * rows_of(g), row = (size_t)(g->T + 1);
+    size_t micro_batch = NUM_BATCH_ARRAYS * rows_of(g), row = (size_t)(g->T * g->place.cp_size + 1);
     g->step_slot = !g->step_slot; // the other one is being read
     g->step_micro_batches = num_rows / g->B;
     // training masks no target
@@ -1214,9 +1231,10 @@ StepResult gpt_finish_step(GPT* g) {
     return r;
 }
 
-// The loss of every token of at most B rows (num_rows, T + 1), for evaluation; valid until the next call. NULL where
-// another stage of the pipeline has them.
+// The loss of every token of at most B rows (num_rows, cp T + 1), for evaluation; valid until the next call. NULL where
+// another stage of the pipeline has them, or another rank that shares the rows returns them.
 const float* gpt_losses(GPT* g, const int32_t* rows, int num_rows, bool document_mask, int eot_id) {
+    size_t N = rows_of(g), ranks = (size_t)g->place.cp_size;
     fill_batch(g, g->eval_batch, rows, num_rows, document_mask, eot_id);
     for (int chunk = 0; chunk < g->place.num_chunks; chunk++) {
         const PipelineOp op = {PIPELINE_FORWARD, 0, chunk, 0};
@@ -1225,11 +1243,18 @@ const float* gpt_losses(GPT* g, const int32_t* rows, int num_rows, bool document
         CUDA_CHECK(cudaEventRecord(pass.slot->read, g->stream));
         if (!pass.head) continue;
         gpt_loss(g, pass.slot, (float*)NULL, num_rows);
-        CUDA_CHECK(cudaMemcpyAsync(g->host_losses, g->losses, (size_t)(num_rows * g->T) * sizeof(float),
+        comm_all_gather(&g->comm, AXIS_CP, g->all_losses, g->losses, N, g->stream);
+        CUDA_CHECK(cudaMemcpyAsync(g->host_losses, g->all_losses, ranks * N * sizeof(float),
                                    cudaMemcpyDeviceToHost, g->stream));
     }
     CUDA_CHECK(cudaDeviceSynchronize());
-    return has_head(&g->place) ? g->host_losses : NULL;
+    for (size_t i = 0; i < ranks * N; i++) {
+        size_t r = i / N, b = i % N / (size_t)g->T;
+        Positions at = positions_of(g->T * g->place.cp_size, (int)r, g->place.cp_size);
+        size_t position = (size_t)position_at(at, (int)(i % (size_t)g->T));
+        g->row_losses[b * (size_t)g->T * ranks + position] = g->host_losses[i];
+    }
+    return has_head(&g->place) && g->place.cp == 0 ? g->row_losses : NULL;
 }
 
 // ----------------------------------------------------------------------------
@@ -1255,11 +1280,14 @@ static bool allocate_pinned(void** memory, size_t bytes, const char* what, Error
 static bool create_host_buffers(GPT* g, int rows_per_step, Error* err) {
     size_t micro_batch = NUM_BATCH_ARRAYS * rows_of(g) * sizeof(int);
     size_t step = micro_batch * (size_t)(rows_per_step / g->B);
+    size_t losses = (size_t)g->place.cp_size * rows_of(g) * sizeof(float);
     g->order_counts = (int*)malloc_check(((size_t)g->config.vocab_size + 2) * sizeof(int));
+    g->starts = (int*)malloc_check((size_t)(g->T * g->place.cp_size) * sizeof(int));
+    g->row_losses = (float*)malloc_check(losses);
     return allocate_pinned((void**)&g->step_batch[0], step, "batches", err) &&
            allocate_pinned((void**)&g->step_batch[1], step, "batches", err) &&
            allocate_pinned((void**)&g->eval_batch, micro_batch, "batches", err) &&
-           allocate_pinned((void**)&g->host_losses, rows_of(g) * sizeof(float), "losses", err) &&
+           allocate_pinned((void**)&g->host_losses, losses, "losses", err) &&
            allocate_pinned((void**)&g->host_control, sizeof *g->host_control, "step's report", err);
 }
 
@@ -1279,6 +1307,7 @@ static void for_streams(GPT* g, bool create) {
                                &g->copy_stream,
                                &g->comm_stream,
                                &g->tp.comm_stream,
+                               &g->cp.comm_stream,
                                &g->links[ACTIVATIONS_IN],
                                &g->links[ACTIVATIONS_OUT],
                                &g->links[GRADIENTS_IN],
@@ -1299,7 +1328,8 @@ static void for_event(cudaEvent_t* event, bool create) {
 }
 
 static void for_events(GPT* g, bool create) {
-    cudaEvent_t* events[] = {&g->step_done, &g->snapshot_done, &g->hand_over, &g->tp.ready};
+    cudaEvent_t* events[] = {&g->step_done, &g->snapshot_done, &g->hand_over,
+                             &g->tp.ready,  &g->cp.ready,      &g->cp.gathered};
     for (size_t i = 0; i < sizeof events / sizeof events[0]; i++) for_event(events[i], create);
     for (int k = 0; k < TP_PIECES; k++) for_event(&g->tp.arrived[k], create);
     for (int b = 0; b < num_buckets(g); b++) for_event(&g->weights_ready[b], create);
@@ -1355,8 +1385,9 @@ bool gpt_create(GPT* g, const RunConfig* run, int B, int T, bool training, Error
     for_events(g, true);
     comm_reset(&g->comm, &g->place);
     g->tp.comm = &g->comm, g->tp.size = g->place.tp_size, g->tp.stream = g->stream;
+    g->cp.comm = &g->comm, g->cp.rank = g->place.cp, g->cp.size = g->place.cp_size, g->cp.stream = g->stream;
     if (!create_memory(g, training, err) ||
-        !create_host_buffers(g, training ? run->batch.global_batch_size / g->place.dp_size : 0, err))
+        !create_host_buffers(g, training ? run->batch.global_batch_size / num_replicas(&g->place) : 0, err))
         return false;
     if (g->rope_cos != NULL) upload_rope_table(g);
     CUDA_CHECK(cudaDeviceSynchronize());
@@ -1386,7 +1417,7 @@ void gpt_free(GPT* g) {
         for_events(g, false);
         for_streams(g, false);
     }
-    free(g->order_counts);
+    free(g->order_counts), free(g->starts), free(g->row_losses);
     gpt_release(g);
     memset(g, 0, sizeof *g);
 }

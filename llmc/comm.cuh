@@ -3,7 +3,8 @@
 //
 //     world   everybody: the step's sums, checkpoints
 //     tp      ranks that share every matmul            kv      those of them with the same key/value head
-//     dp      ranks with the same weights              tied    first and last stage: the embedding's matrix
+//     dp      ranks with the same weights              cp      those of them with the same rows of the batch
+//     tied    first and last stage: the embedding's matrix
 //     links   from a stage to the next and back, each with a communicator of its own, since operations of one
 //             communicator wait for each other: even stages' links, odd ones', and the one around
 //
@@ -26,6 +27,7 @@ enum Axis {
     AXIS_TP,
     AXIS_DP,
     AXIS_KV,
+    AXIS_CP,
     AXIS_TIED,
     AXIS_FORWARD, // links of even stages, of odd ones, around
     AXIS_BACKWARD = AXIS_FORWARD + 3,
@@ -35,6 +37,7 @@ static const char* const axis_names[NUM_AXES] = {"world",
                                                  "tensor parallel",
                                                  "data parallel",
                                                  "key/value heads",
+                                                 "context parallel",
                                                  "tied embedding",
                                                  "pipeline forward",
                                                  "pipeline forward",
@@ -164,6 +167,7 @@ static inline bool comm_connect(Comm* c, const Layout* l, int replicas, Control*
     comm_split(c, AXIS_TP, stage, l->tp);
     comm_split(c, AXIS_DP, l->tp + l->tp_size * l->pp, l->dp);
     comm_split(c, AXIS_KV, stage * l->tp_size + l->tp / replicas, l->tp);
+    comm_split(c, AXIS_CP, l->tp + l->tp_size * (replica(l) + num_replicas(l) * l->pp), l->cp);
     bool tied = l->pp == 0 || l->pp == l->pp_size - 1;
     comm_split(c, AXIS_TIED, tied ? column : l->size + l->rank, l->pp);
     for (int axis = AXIS_FORWARD; axis < NUM_AXES && l->pp_size > 1; axis++)

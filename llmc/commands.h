@@ -341,9 +341,9 @@ static inline bool choose_layout(Trainer* t, bool training, Error* err) {
 // Which part of the run this process has. A plan may be made for processes that were not started.
 static inline bool find_place(Trainer* t, bool plan, bool training, Error* err) {
     RunConfig* run = &t->run;
-    int size = t->control.size, planned = run->parallel.data_parallel_size *
-                                          run->parallel.tensor_parallel_size *
-                                          run->parallel.pipeline_parallel_size;
+    int size = t->control.size;
+    int planned = run->parallel.data_parallel_size * run->parallel.context_parallel_size *
+                  run->parallel.tensor_parallel_size * run->parallel.pipeline_parallel_size;
     if (plan && size == 1 && planned > 1) size = planned;
     if (run->parallel.automatic && !choose_layout(t, training, err)) return false;
     return layout_resolve(run, t->control.rank, size, err) && gpt_resolve(run, training, err);

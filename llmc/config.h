@@ -49,7 +49,8 @@ typedef struct {
     struct {
         int threads;
         bool autotune, cuda_graph;
-        int data_parallel_size, tensor_parallel_size, pipeline_parallel_size, virtual_pipeline_size;
+        int data_parallel_size, context_parallel_size, tensor_parallel_size;
+        int pipeline_parallel_size, virtual_pipeline_size;
         int pipeline_schedule; // a PipelineSchedule
         int zero_stage;        // a ZeroStage
         bool deterministic, automatic;
@@ -166,7 +167,9 @@ static const Knob knobs[] = {
     {"parallel", "cuda_graph", KNOB_BOOL, AT(parallel.cuda_graph), "false", 0, 0, NULL,
         "GPU: launch a micro-batch as one CUDA graph"},
     {"parallel", "data_parallel_size", KNOB_INT, AT(parallel.data_parallel_size), "0", 0, 65536, NULL,
-        "GPU: ranks that share a batch; 0: all that tensor and pipeline parallelism leave"},
+        "GPU: ranks that share a batch; 0: all that the other sizes leave"},
+    {"parallel", "context_parallel_size", KNOB_INT, AT(parallel.context_parallel_size), "1", 1, 1024, NULL,
+        "GPU: ranks that share every sequence, each with two parts of it"},
     {"parallel", "tensor_parallel_size", KNOB_INT, AT(parallel.tensor_parallel_size), "1", 1, 1024, NULL,
         "GPU: ranks that share every layer, and the sequence between layers"},
     {"parallel", "pipeline_parallel_size", KNOB_INT, AT(parallel.pipeline_parallel_size), "1", 1, 1024, NULL,

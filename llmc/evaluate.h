@@ -36,9 +36,9 @@ static inline bool evaluate(Trainer* t, Evaluation* e, Error* err) {
     double sums[3] = {0, 0, 0}; // loss; loss of, and number of, bytes
     bool ok = true;
     uint64_t together =
-        (uint64_t)B * (uint64_t)l->dp_size; // every rank makes every round, as it may have to help
+        (uint64_t)B * (uint64_t)num_replicas(l); // every rank makes every round, as it may have to help
     for (uint64_t round = 0; ok && round < num_rows && !stop_alone(t); round += together) {
-        uint64_t first = round + (uint64_t)B * (uint64_t)l->dp,
+        uint64_t first = round + (uint64_t)B * (uint64_t)replica(l),
                  left = first < num_rows ? num_rows - first : 0;
         int now = left < (uint64_t)B ? (int)left : B, counted = now;
         if (now == 0) first = 0, now = 1;

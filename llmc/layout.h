@@ -3,12 +3,15 @@
 //     rank = tp + tp_size * (dp + dp_size * pp)
 //
 //     pp 0 | dp 0: tp 0 1 | dp 1: tp 0 1 |      tp   ranks that share every matmul: neighbours, on one machine
-//     pp 1 | dp 0: tp 0 1 | dp 1: tp 0 1 |      dp   ranks with the same weights and different rows of the batch
+//     pp 1 | dp 0: tp 0 1 | dp 1: tp 0 1 |      dp   ranks with the same weights and different tokens
 //                                               pp   ranks with different layers
 //
+//     dp = cp + cp_size * replica               cp   ranks with different positions of the same rows of the batch
+//
 // Tensor parallelism divides heads, feed-forward rows and the vocabulary (Megatron-LM, arXiv 1909.08053; the
-// sequence between them: arXiv 2205.05198). Pipeline parallelism divides layers. ZeRO (arXiv 1910.02054) divides
-// the state of what is left over data-parallel ranks. Plain C; nothing here communicates.
+// sequence between them: arXiv 2205.05198). Pipeline parallelism divides layers, context parallelism sequences.
+// ZeRO (arXiv 1910.02054) divides the state of what is left over data-parallel ranks. Plain C; nothing here
+// communicates.
 #pragma once
 #include "llmc/model.h"    // defines: ModelConfig, ParameterLayout, tensor_table
 #include "llmc/pipeline.h" // defines: pipeline_layers
@@ -16,19 +19,24 @@
 typedef struct {
     int rank, size; // of processes
     int tp, tp_size, dp, dp_size, pp, pp_size;
-    int num_chunks; // parts of the model that a pipeline stage has
+    int cp, cp_size; // among the dp ranks; for weights, gradients and their state these are all the same
+    int num_chunks;  // parts of the model that a pipeline stage has
 } Layout;
 
 static inline Layout layout_single(void) {
-    Layout l = {0, 1, 0, 1, 0, 1, 0, 1, 1};
+    Layout l = {0, 1, 0, 1, 0, 1, 0, 1, 0, 1, 1};
     return l;
 }
 
 static inline Layout layout_at(Layout l, int rank) {
     l.rank = rank;
     l.tp = rank % l.tp_size, l.dp = rank / l.tp_size % l.dp_size, l.pp = rank / l.tp_size / l.dp_size;
+    l.cp = l.dp % l.cp_size;
     return l;
 }
+// Of the batch: how many ranks have different rows, and which of them this is.
+static inline int num_replicas(const Layout* l) { return l->dp_size / l->cp_size; }
+static inline int replica(const Layout* l) { return l->dp / l->cp_size; }
 static inline int layout_rank(const Layout* l, int tp, int dp, int pp) {
     return tp + l->tp_size * (dp + l->dp_size * pp);
 }

@@ -17,7 +17,7 @@
 
 // Bytes that a rank sends in one optimizer step; tp: with what ranks of one key/value head send each other.
 typedef struct {
-    double tp, dp, pp, tied, world;
+    double tp, cp, dp, pp, tied, world;
 } LayoutTraffic;
 
 typedef struct {
@@ -31,7 +31,7 @@ typedef struct {
 typedef struct {
     double seconds;         // of a step
     double compute;         // of them, in which the mean stage computes
-    double tp, dp, pp;      // that communication adds; dp: with the step's sums, pp: with the tied embedding
+    double tp, cp, dp, pp;  // that communication adds; dp: with the step's sums, pp: with the tied embedding
     double bubble, exposed; // shares of the step: compute, bubble and exposed add up to 1
 } LayoutCost;
 
@@ -45,7 +45,7 @@ static inline LayoutRates layout_rates_h100(void) {
 // ----------------------------------------------------------------------------
 // the walk of one stage
 
-enum PlanAxis { PLAN_TP, PLAN_DP, PLAN_PP, PLAN_TIED, PLAN_WORLD, NUM_PLAN_AXES };
+enum PlanAxis { PLAN_TP, PLAN_CP, PLAN_DP, PLAN_PP, PLAN_TIED, PLAN_WORLD, NUM_PLAN_AXES };
 // train_gpt.cu: NUM_WINDOWS, LOGIT_BYTES; tensor_parallel.cuh: TP_PIECES; classifier.cuh: RowPart
 enum { PLAN_WINDOWS = 4, PLAN_PIECES = 2, PLAN_ROW_PART_BYTES = 12 };
 #define PLAN_LOGIT_BYTES ((double)((size_t)512 << 20))
@@ -67,16 +67,20 @@ typedef struct {
     // summed
     int holds[PLAN_WINDOWS];
     double gathered[PLAN_WINDOWS], used[PLAN_WINDOWS], summed[PLAN_WINDOWS];
-    double* ready; // (num_buckets) when a bucket's weights have come, ZeRO 1 and 2
+    int keys_of_slot, keys_of_layer; // whose keys were gathered last over context-parallel ranks
+    double* ready;                   // (num_buckets) when a bucket's weights have come, ZeRO 1 and 2
 } StageWalk;
 
 // What a rank of an axis sends at. A ring that leaves the machine leaves it once for each of its members
 // there, which all have a port of their own: so many rings run at once.
 static inline double axis_link(const LayoutRates* r, const Layout* l, int axis) {
-    int stride = axis == PLAN_DP                        ? l->tp_size
+    int stride = axis == PLAN_DP || axis == PLAN_CP     ? l->tp_size
                  : axis == PLAN_PP || axis == PLAN_TIED ? l->tp_size * l->dp_size
                                                         : 1;
-    int size = axis == PLAN_TP ? l->tp_size : axis == PLAN_DP ? l->dp_size : l->size / stride;
+    int size = axis == PLAN_TP   ? l->tp_size
+               : axis == PLAN_CP ? l->cp_size
+               : axis == PLAN_DP ? l->dp_size
+                                 : l->size / stride;
     if (stride * size <= r->gpus_per_machine) return r->link_inside;
     bool ring = axis != PLAN_PP && axis != PLAN_TIED;
     int ports = ring && stride < r->gpus_per_machine ? r->gpus_per_machine / stride : 1;
@@ -94,17 +98,18 @@ static inline void walk_open(StageWalk* w, const RunConfig* run, Layout l, const
     memset(w, 0, sizeof *w);
     w->run = run, w->l = l, w->rates = *rates, w->costs = costs;
     w->c = model_part(&run->model, &l), w->p = layout_parameters(&w->c, &l);
-    w->micro_batches = run->batch.global_batch_size / run->batch.micro_batch_size / l.dp_size;
+    w->micro_batches = run->batch.global_batch_size / run->batch.micro_batch_size / num_replicas(&l);
     w->list = pipeline_list(run->parallel.pipeline_schedule, l.pp_size, l.pp, l.num_chunks, w->micro_batches);
     w->zero = l.dp_size == 1 ? (int)ZERO_OPTIMIZER : run->parallel.zero_stage;
     w->windows = w->zero >= ZERO_GRADIENTS || run->parallel.deterministic;
-    int N = run->batch.micro_batch_size * run->batch.sequence_length;
+    int N = run->batch.micro_batch_size * (run->batch.sequence_length / l.cp_size);
     w->rows = N, w->pieces = N % (PLAN_PIECES * l.tp_size) == 0 ? PLAN_PIECES : 1;
     bool fp32 = run->precision.compute == COMPUTE_FP32 || run->precision.compute == COMPUTE_TF32;
     w->weight_bytes = fp32 ? 4 : 2;
     w->gradient_bytes = run->precision.gradients == STORE_BF16 ? 2 : 4;
     for (int a = 0; a < NUM_PLAN_AXES; a++) w->link[a] = axis_link(rates, &l, a);
     for (int i = 0; i < PLAN_WINDOWS; i++) w->holds[i] = -1;
+    w->keys_of_slot = -1;
     w->ready = (double*)calloc_check((size_t)walk_buckets(w), sizeof *w->ready);
 }
 static inline void walk_close(StageWalk* w) { free(w->ready), free(w->list.ops); }
@@ -219,7 +224,7 @@ static inline void walk_update(StageWalk* w) {
 // passes, as in train_gpt.cu
 
 typedef struct {
-    int first, end;
+    int slot, first, end;
     bool embedding, head, last_micro_batch, weights_later;
 } WalkPass;
 
@@ -232,8 +237,26 @@ static inline double product_flops(const StageWalk* w, enum Dim rows, enum Dim c
     return 2 * w->rows * (double)model_dim(&w->c, rows) * (double)model_dim(&w->c, cols);
 }
 
-static inline void walk_inside(StageWalk* w) {
+// Keys and values of all ranks that share a sequence: in the forward pass attention waits for them; in the backward
+// pass they come beside `matmuls` seconds of products, unless they are still there, and their gradients go back.
+static inline double walk_keys(StageWalk* w) {
+    double columns = (double)(model_dim(&w->c, DIM_QKV) - model_dim(&w->c, DIM_HEADS));
+    return walk_ring(w, PLAN_CP, w->l.cp_size, w->l.cp_size * w->rows * columns * w->weight_bytes);
+}
+static inline void walk_gather_keys(StageWalk* w, const WalkPass* pass, int l) {
+    w->now += walk_keys(w);
+    w->keys_of_slot = pass->slot, w->keys_of_layer = l;
+}
+static inline void walk_keys_backward(StageWalk* w, const WalkPass* pass, int l, double matmuls) {
+    bool there = w->keys_of_slot == pass->slot && w->keys_of_layer == l;
+    w->keys_of_slot = pass->slot, w->keys_of_layer = l;
+    if (!there) w->now += fmax(0, walk_keys(w) - (w->rates.no_overlap ? 0 : matmuls));
+    w->now += walk_keys(w);
+}
+
+static inline void walk_inside(StageWalk* w, const WalkPass* pass, int l) {
     walk_matmul(w, product_flops(w, DIM_QKV, DIM_HIDDEN), TP_IN_PIECES);
+    walk_gather_keys(w, pass, l);
     walk_matmul(w, attention_flops(w), TP_NONE);
     walk_matmul(w, product_flops(w, DIM_HIDDEN, DIM_HEADS), TP_IN_PIECES);
     walk_matmul(w, product_flops(w, DIM_FC, DIM_HIDDEN), TP_IN_PIECES);
@@ -247,7 +270,7 @@ static inline void walk_chunk_forward(StageWalk* w, const WalkPass* pass) {
     walk_use_weights(w, 1 + pass->first, 2 + pass->first);
     for (int l = pass->first; l < pass->end; l++) {
         walk_use_weights(w, 1 + l, 2 + l);
-        walk_inside(w);
+        walk_inside(w, pass, l);
         walk_matmul(w, product_flops(w, DIM_HIDDEN, DIM_FF), TP_IN_PIECES);
         w->used[walk_window(w, 1 + l)] = w->now;
         if (l + 1 < pass->end || pass->head) walk_use_weights(w, 2 + l, 2 + l);
@@ -274,13 +297,14 @@ static inline void walk_block_backward(StageWalk* w, const WalkPass* pass, int l
     double attproj = product_flops(w, DIM_HIDDEN, DIM_HEADS), fcproj = product_flops(w, DIM_HIDDEN, DIM_FF);
     walk_use_weights(w, 1 + l, l);
     walk_begin_gradients(w, 1 + l);
-    if (run->batch.recompute == RECOMPUTE_BLOCK && !kept) walk_inside(w);
+    if (run->batch.recompute == RECOMPUTE_BLOCK && !kept) walk_inside(w, pass, l);
     walk_matmul(w, fcproj, gelu ? TP_ALONE : TP_IN_PIECES); // gradient of the input, then of the weight
     if (whole) walk_matmul(w, fcproj, TP_NONE);
     walk_matmul(w, fc, whole ? TP_BEHIND : TP_ALONE);
     if (whole) walk_matmul(w, fc, TP_BEHIND);
     walk_matmul(w, attproj, TP_IN_PIECES);
     if (whole) walk_matmul(w, attproj, TP_NONE);
+    walk_keys_backward(w, pass, l, (fcproj + fc + attproj) * (whole ? 2 : 1) / w->rates.matmul);
     walk_matmul(w, 2 * attention_flops(w), TP_NONE);
     walk_matmul(w, qkv, whole ? TP_BEHIND : TP_ALONE);
     if (whole) walk_matmul(w, qkv, TP_BEHIND);
@@ -318,7 +342,7 @@ static inline double walk_operation(StageWalk* w, const PipelineOp* op, double a
     chunk_layers(&w->l, &w->run->model, op->chunk, &pass.first, &pass.end, &global);
     pass.embedding = stage == 0, pass.head = stage == num_virtual_stages(&w->l) - 1;
     pass.last_micro_batch = op->micro_batch == w->micro_batches - 1;
-    pass.weights_later = op->kind == PIPELINE_BACKWARD_INPUT;
+    pass.slot = op->slot, pass.weights_later = op->kind == PIPELINE_BACKWARD_INPUT;
     w->now = fmax(w->now, arrives);
     if (op->kind == PIPELINE_BACKWARD_WEIGHT) {
         for (int l = pass.end - 1; l >= pass.first; l--) walk_block_weights(w, &pass, l);
@@ -361,8 +385,8 @@ static inline LayoutTraffic layout_traffic(const RunConfig* run, const Layout* l
     for (int i = 0; i < w.list.count; i++) walk_operation(&w, &w.list.ops[i], 0);
     walk_tied(&w);
     walk_world(&w);
-    LayoutTraffic traffic = {w.sent[PLAN_TP], w.sent[PLAN_DP], w.sent[PLAN_PP], w.sent[PLAN_TIED],
-                             w.sent[PLAN_WORLD]};
+    LayoutTraffic traffic = {w.sent[PLAN_TP], w.sent[PLAN_CP],   w.sent[PLAN_DP],
+                             w.sent[PLAN_PP], w.sent[PLAN_TIED], w.sent[PLAN_WORLD]};
     walk_close(&w);
     return traffic;
 }
@@ -420,18 +444,19 @@ static inline double layout_period(const RunConfig* run, const Layout* l, const 
     return seconds;
 }
 
-// The same step four times: without communication; then pipeline, tensor and data parallelism's as well, so
-// that each has what it adds. run->parallel says the schedule, ZeRO and the rest.
+// The same step five times: without communication; then pipeline, tensor, context and data parallelism's as
+// well, so that each has what it adds. run->parallel says the schedule, ZeRO and the rest.
 static inline LayoutCost layout_cost(const RunConfig* run, const Layout* l, LayoutRates rates) {
     LayoutCost cost;
     double busy;
-    unsigned pp = 1u << PLAN_PP | 1u << PLAN_TIED, tp = pp | 1u << PLAN_TP;
+    unsigned pp = 1u << PLAN_PP | 1u << PLAN_TIED, tp = pp | 1u << PLAN_TP, cp = tp | 1u << PLAN_CP;
     double alone = layout_period(run, l, &rates, 0, &busy);
     double with_pp = layout_period(run, l, &rates, pp, &busy),
-           with_tp = layout_period(run, l, &rates, tp, &busy);
+           with_tp = layout_period(run, l, &rates, tp, &busy),
+           with_cp = layout_period(run, l, &rates, cp, &busy);
     cost.seconds = layout_period(run, l, &rates, (1u << NUM_PLAN_AXES) - 1, &busy);
-    cost.compute = busy, cost.pp = with_pp - alone, cost.tp = with_tp - with_pp,
-    cost.dp = cost.seconds - with_tp;
+    cost.compute = busy, cost.pp = with_pp - alone, cost.tp = with_tp - with_pp;
+    cost.cp = with_cp - with_tp, cost.dp = cost.seconds - with_cp;
     cost.bubble = (alone - busy) / cost.seconds, cost.exposed = (cost.seconds - alone) / cost.seconds;
     return cost;
 }

@@ -15,7 +15,8 @@ static inline int nearest_divisor(int wanted, int a, int b, int c) {
 static inline bool check_tensor_parallel(const RunConfig* run, int tp, Error* err) {
     const ModelConfig* c = &run->model;
     int NH = c->num_attention_heads, NKV = c->num_key_value_heads, FF = c->intermediate_size;
-    int T = run->batch.sequence_length, nearest = nearest_divisor(tp - 1, NH, FF / 8, T);
+    int T = run->batch.sequence_length / run->parallel.context_parallel_size; // of a rank
+    int nearest = nearest_divisor(tp - 1, NH, FF / 8, T);
     if (tp == 1) return true;
     if (NH % tp != 0)
         return fail(
@@ -38,10 +39,20 @@ static inline bool check_tensor_parallel(const RunConfig* run, int tp, Error* er
     if (T % tp != 0)
         return fail(
             err, EXIT_CONFIG,
-            "parallel.tensor_parallel_size is %d and batch.sequence_length %d: it must divide evenly, as the "
-            "sequence is shared out between matmuls; %d works",
+            "parallel.tensor_parallel_size is %d and batch.sequence_length / context_parallel_size %d: it must "
+            "divide evenly, as the sequence is shared out between matmuls; %d works",
             tp, T, nearest);
     return true;
+}
+
+static inline bool check_context_parallel(const RunConfig* run, int cp, Error* err) {
+    int T = run->batch.sequence_length, half = T / 2;
+    return cp == 1 || T % (2 * cp) == 0 ||
+           fail(
+               err, EXIT_CONFIG,
+               "parallel.context_parallel_size is %d and batch.sequence_length %d: each rank has two parts of a "
+               "sequence of equal length, so it must be a multiple of %d; %d works",
+               cp, T, 2 * cp, T % 2 == 0 ? nearest_divisor(cp - 1, half, half, half) : 1);
 }
 
 static inline bool check_combinations(const RunConfig* run, const Layout* l, Error* err) {
@@ -78,22 +89,24 @@ static inline bool check_combinations(const RunConfig* run, const Layout* l, Err
 // The sizes of run->parallel, where `size` processes were started; run->layout is then `rank`'s place.
 static inline bool layout_resolve(RunConfig* run, int rank, int size, Error* err) {
     int tp = run->parallel.tensor_parallel_size, pp = run->parallel.pipeline_parallel_size;
-    int dp = run->parallel.data_parallel_size, chunks = run->parallel.virtual_pipeline_size;
+    int cp = run->parallel.context_parallel_size, chunks = run->parallel.virtual_pipeline_size;
+    int dp = run->parallel.data_parallel_size;
     int rows = run->batch.global_batch_size, micro = run->batch.micro_batch_size;
-    if (size % (tp * pp) != 0 || (dp != 0 && dp * tp * pp != size))
+    int64_t needed = (int64_t)tp * cp * pp * (dp != 0 ? dp : 1);
+    if (size % needed != 0 || (dp != 0 && needed != size))
         return fail(
             err, EXIT_CONFIG,
-            "%d processes were started, and parallel.tensor_parallel_size %d x pipeline_parallel_size %d%s "
-            "need %s%d: start that many, or change the sizes",
-            size, tp, pp, dp != 0 ? " x data_parallel_size" : "", dp != 0 ? "" : "a multiple of ",
-            tp * pp * (dp != 0 ? dp : 1));
-    dp = size / (tp * pp);
+            "%d processes were started, and parallel.tensor_parallel_size %d x context_parallel_size %d x "
+            "pipeline_parallel_size %d%s need %s%lld: start that many, or change the sizes",
+            size, tp, cp, pp, dp != 0 ? " x data_parallel_size" : "", dp != 0 ? "" : "a multiple of ",
+            (long long)needed);
+    dp = size / (tp * cp * pp);
     if (pp == 1 && chunks > 1)
         return fail(err, EXIT_CONFIG,
                     "parallel.virtual_pipeline_size is %d without a pipeline: set it to 1, or "
                     "parallel.pipeline_parallel_size to 2 or more",
                     chunks);
-    if (!check_tensor_parallel(run, tp, err)) return false;
+    if (!check_context_parallel(run, cp, err) || !check_tensor_parallel(run, tp, err)) return false;
     if (rows % (micro * dp) != 0) {
         int nearest = (rows + micro * dp - 1) / (micro * dp) * micro * dp;
         return fail(err, EXIT_CONFIG,
@@ -104,7 +117,7 @@ static inline bool layout_resolve(RunConfig* run, int rank, int size, Error* err
     if (!pipeline_check(run->parallel.pipeline_schedule, pp, chunks, rows / micro / dp,
                         run->model.num_hidden_layers, err))
         return false;
-    Layout l = {rank, size, 0, tp, 0, dp, 0, pp, chunks};
+    Layout l = {rank, size, 0, tp, 0, dp * cp, 0, pp, 0, cp, chunks};
     run->layout = layout_at(l, rank);
     return check_combinations(run, &run->layout, err);
 }

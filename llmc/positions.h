@@ -19,7 +19,7 @@ typedef struct {
 } Positions;
 
 // Those of rank cp, where a whole sequence has T, a multiple of 2 * cp_size. One rank alone has one run of T rows.
-static inline Positions positions_of(int T, int cp, int cp_size) {
+static HOST_DEVICE inline Positions positions_of(int T, int cp, int cp_size) {
     int half = cp_size > 1 ? T / (2 * cp_size) : T;
     Positions at = {half, {cp * half, cp_size > 1 ? (2 * cp_size - 1 - cp) * half : T}};
     return at;

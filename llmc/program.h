@@ -80,7 +80,7 @@ void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_st
 StepResult gpt_finish_step(GPT* g);
 
 // The loss of every token of at most B rows (num_rows, T + 1), for evaluation: (num_rows, T), valid until the
-// next call. NULL in a process that does not have the model's head.
+// next call. NULL in a process that does not have the model's head, or that helps another one to them.
 const float* gpt_losses(GPT* g, const int32_t* rows, int num_rows, bool document_mask, int eot_id);
 
 // ----------------------------------------------------------------------------

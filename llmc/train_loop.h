@@ -184,7 +184,7 @@ static inline bool after_step(Trainer* t, const Due* due, Error* err) {
 static inline bool load_batch(Trainer* t, Prefetch* prefetch, Error* err) {
     const int32_t* rows = prefetch_next(prefetch, err);
     if (rows == NULL) return false;
-    gpt_load_batch(t->gpt, rows, t->run.batch.global_batch_size / t->run.layout.dp_size,
+    gpt_load_batch(t->gpt, rows, t->run.batch.global_batch_size / num_replicas(&t->run.layout),
                    t->run.data.document_mask, t->eot_id);
     return true;
 }
@@ -239,7 +239,7 @@ static inline bool train_loop(Trainer* t, Error* err) {
     const Layout* l = &t->run.layout;
     Prefetch prefetch;
     if (!prefetch_start(&prefetch, &t->train, t->state.rows, t->run.batch.global_batch_size,
-                        t->run.batch.micro_batch_size, l->dp, l->dp_size, PREFETCH_DEPTH, err))
+                        t->run.batch.micro_batch_size, replica(l), num_replicas(l), PREFETCH_DEPTH, err))
         return false;
     bool ok = run_steps(t, &prefetch, err);
     prefetch_stop(&prefetch);

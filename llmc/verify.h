@@ -20,18 +20,19 @@ enum { VERIFY_STEPS = 20, VERIFY_LAYOUTS_MAX = 64, VERIFY_NAME = 64 };
 // A layout as it is written: dp2tp2pp2, and what may follow: z0..z3, vp2, afab, zb, det.
 typedef struct {
     char name[VERIFY_NAME];
-    int dp, tp, pp, vp, zero, schedule;
+    int dp, cp, tp, pp, vp, zero, schedule;
     bool deterministic;
 } VerifyLayout;
 
 static inline bool verify_parse(VerifyLayout* out, const char* text, Error* err) {
-    static const char* const keys[] = {"dp", "tp", "pp", "vp", "z"};
-    VerifyLayout l = {{0}, 1, 1, 1, 1, 1, PIPELINE_1F1B, false};
-    int* fields[] = {&l.dp, &l.tp, &l.pp, &l.vp, &l.zero};
+    static const char* const keys[] = {"dp", "cp", "tp", "pp", "vp", "z"};
+    enum { KEYS = sizeof keys / sizeof keys[0] };
+    VerifyLayout l = {{0}, 1, 1, 1, 1, 1, 1, PIPELINE_1F1B, false};
+    int* fields[KEYS] = {&l.dp, &l.cp, &l.tp, &l.pp, &l.vp, &l.zero};
     snprintf(l.name, sizeof l.name, "%.60s", text);
     for (const char* at = text; *at != '\0';) {
         bool known = false;
-        for (int k = 0; k < 5 && !known; k++) {
+        for (int k = 0; k < KEYS && !known; k++) {
             size_t n = strlen(keys[k]), digits = strspn(at + n, "0123456789");
             known = strncmp(at, keys[k], n) == 0 && digits > 0 && digits < 5;
             if (known) *fields[k] = atoi(at + n), at += n + digits;
@@ -42,7 +43,7 @@ static inline bool verify_parse(VerifyLayout* out, const char* text, Error* err)
         if (!known)
             return fail(
                 err, EXIT_USAGE,
-                "layout %s: at \"%s\" one of dp, tp, pp, vp, z with a number, afab, zb or det is wanted, as in "
+                "layout %s: at \"%s\" one of dp, cp, tp, pp, vp, z with a number, afab, zb or det is wanted, as in "
                 "dp2tp4 or tp2pp2vp2",
                 text, at);
     }
@@ -53,9 +54,18 @@ static inline bool verify_parse(VerifyLayout* out, const char* text, Error* err)
 
 static inline void verify_apply(RunConfig* run, const VerifyLayout* l) {
     run->parallel.data_parallel_size = l->dp, run->parallel.tensor_parallel_size = l->tp;
+    run->parallel.context_parallel_size = l->cp;
     run->parallel.pipeline_parallel_size = l->pp, run->parallel.virtual_pipeline_size = l->vp;
     run->parallel.pipeline_schedule = l->schedule, run->parallel.zero_stage = l->zero;
     run->parallel.deterministic = l->deterministic;
+}
+
+// The shortest from 16 on that all layouts divide, but not more than `most`.
+static inline int verify_sequence_length(int most, const VerifyLayout* layouts, int count) {
+    int T = most < 16 ? most : 16;
+    for (int i = 0; i < count && T < most; i++)
+        if (T % (2 * layouts[i].cp) != 0 || T / layouts[i].cp % layouts[i].tp != 0) T++, i = -1;
+    return T;
 }
 
 // The user's config with everything made small that only costs time. What shape a tensor has, which there are and how
@@ -78,12 +88,14 @@ static inline void verify_shrink(RunConfig* run, const VerifyLayout* layouts, in
     c->head_dim = c->head_dim > 16 ? 16 : c->head_dim;
     c->hidden_size = c->num_attention_heads * c->head_dim;
     c->intermediate_size = 16 * heads > 64 ? 16 * heads : 64;
-    run->batch.sequence_length = run->batch.sequence_length > 16 ? 16 : run->batch.sequence_length;
+    run->batch.sequence_length = verify_sequence_length(run->batch.sequence_length, layouts, count);
     run->batch.micro_batch_size = 1;
     run->batch.global_batch_size = 2 * ranks;
     run->schedule.max_steps = VERIFY_STEPS, run->schedule.warmup_steps = 0;
     run->schedule.decay_fraction = 0;
-    run->optimizer.eps = 1e-4; // rounding noise in a gradient of zero must not become a whole step
+    // Small steps, or training enlarges rounding until layouts cannot be told from mistakes; rounding noise in a
+    // gradient of zero must not become a whole step either.
+    run->optimizer.learning_rate = fmin(run->optimizer.learning_rate, 2e-4), run->optimizer.eps = 1e-4;
     run->checkpoint.every = 1, run->checkpoint.keep_last = VERIFY_STEPS + 1,
     run->checkpoint.permanent_every = 0;
     run->checkpoint.load_from[0] = '\0';
@@ -213,7 +225,7 @@ static inline bool verify_train(VerifyResult* out, const RunConfig* shrunk, cons
     config_write_json(&run, &json);
     bool ok = replace_file(config, json.data, json.size, err);
     free(json.data);
-    int size = l->dp * l->tp * l->pp,
+    int size = l->dp * l->cp * l->tp * l->pp,
         code = ok ? verify_run(program, config, log, size, run.parallel.start_timeout) : 0;
     if (code != 0) {
         size_t bytes;
@@ -332,7 +344,7 @@ static inline bool verify_reference(char out[PATH_MAX], const char* program, Err
 
 static inline bool verify_layouts(RunConfig* run, const char* list, const char* work, Error* err) {
     VerifyLayout layouts[VERIFY_LAYOUTS_MAX];
-    const VerifyLayout alone = {"one process", 1, 1, 1, 1, 1, PIPELINE_1F1B, false};
+    const VerifyLayout alone = {"one process", 1, 1, 1, 1, 1, 1, PIPELINE_1F1B, false};
     VerifyLayout reference = alone;
     char program[PATH_MAX] = {0}, cpu[PATH_MAX];
     int count = 0, failed = 0;

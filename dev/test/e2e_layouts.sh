@@ -42,6 +42,9 @@ verify gpt2 tiny_gpt2 dp2,dp4,tp2,tp4,pp2,pp3,dp2z0,dp2z2,dp2z3,dp2det,dp2tp2,dp
 verify llama tiny_llama dp2,tp2,tp4,pp2,pp4,afab,pp2afab,pp2vp2,dp2z3,tp2dp2z2,tp4pp2,dp2tp2pp2,dp2tp2pp2det,tp2pp2vp2 \
     model.num_hidden_layers=6 batch.recompute=block data.document_mask=true
 bitwise llama pp2 pp4 pp2afab pp2vp2
+verify context_gpt2 tiny_gpt2 cp2,cp4,dp2cp2,tp2cp2,cp2pp2,cp2z0,cp2z2,cp2z3,cp2det,dp2tp2cp2 model.n_layer=4
+verify context_llama tiny_llama cp2,cp3,cp4pp2,cp2pp2vp2,cp2pp2zb,tp2cp2pp2 model.num_hidden_layers=4 data.document_mask=true
+verify recomputed tiny_llama cp2,tp4cp2,cp2pp2 model.num_hidden_layers=4 batch.recompute=block data.document_mask=true
 verify zero_bubble tiny_llama pp2zb,pp4zb,tp2pp2zb,dp2pp2zb model.num_hidden_layers=6
 bitwise zero_bubble pp2zb pp4zb
 verify bf16 tiny_llama dp2,tp2,pp2,pp2zb,dp2z2 model.num_hidden_layers=4 precision.gradients=bf16 precision.moments=bf16 \
@@ -101,7 +104,8 @@ traffic() { # RANKS [KEY=VALUE ...]
     python3 - "$work" "$ranks" <<'PYTHON'
 import collections, re, sys
 work, ranks = sys.argv[1], int(sys.argv[2])
-axes = {0: "sums of the step", 1: "tensor parallel", 2: "data parallel", 3: "tensor parallel", 4: "tied embedding"}
+axes = {0: "sums of the step", 1: "tensor parallel", 2: "data parallel", 3: "tensor parallel", 4: "context parallel",
+        5: "tied embedding"}
 most = collections.Counter()
 for rank in range(ranks):
     sent = collections.Counter()
@@ -119,11 +123,16 @@ sys.exit(planned != counted)
 PYTHON
 }
 tp=parallel.tensor_parallel_size dp=parallel.data_parallel_size pp=parallel.pipeline_parallel_size
+cp=parallel.context_parallel_size
 check "traffic, tp 2" traffic 2 $dp=1 $tp=2
 check "traffic, tp 4 with 2 key/value heads" traffic 4 $dp=1 $tp=4 batch.recompute=block
 for zero in 0 1 2 3; do check "traffic, dp 2, ZeRO $zero" traffic 2 $dp=2 parallel.zero_stage=$zero; done
 check "traffic, dp 2, deterministic" traffic 2 $dp=2 parallel.deterministic=true
 check "traffic, pp 2, two chunks" traffic 2 $dp=1 $pp=2 parallel.virtual_pipeline_size=2 parallel.pipeline_schedule=interleaved
+check "traffic, cp 2" traffic 2 $dp=1 $cp=2
+check "traffic, cp 2 x pp 2, zero bubble" traffic 4 $dp=1 $cp=2 $pp=2 parallel.pipeline_schedule=zero_bubble
+check "traffic, tp 2 x cp 2 x pp 2, two chunks, recomputed" traffic 8 $dp=1 $tp=2 $cp=2 $pp=2 batch.recompute=block \
+    parallel.virtual_pipeline_size=2 parallel.pipeline_schedule=interleaved
 check "traffic, tp 2 x pp 2, zero bubble" traffic 4 $dp=1 $tp=2 $pp=2 parallel.pipeline_schedule=zero_bubble
 check "traffic, tp 2 x dp 2 x pp 2, tied" traffic 8 $dp=2 $tp=2 $pp=2 parallel.zero_stage=2 model.tie_word_embeddings=true
 
@@ -160,14 +169,28 @@ check "the losses, too" diff <(grep -h '"event":"step"' "$work/whole/log.jsonl" 
 round_trip() {
     local from=round1 n
     train round1 1 schedule.max_steps=2 || return 1
-    for n in "2 tensor_parallel_size=2" "4 pipeline_parallel_size=2" "8 zero_stage=3" "1 zero_stage=1"; do
+    for n in "2 tensor_parallel_size=2" "4 pipeline_parallel_size=2" "6 context_parallel_size=2" "8 zero_stage=3" \
+        "1 zero_stage=1"; do
         set -- $n
         train "trip$1" "$1" "parallel.$2" schedule.max_steps=2 "checkpoint.load_from=$(step $from 2)" optimizer.learning_rate=0 || return 1
         from=trip$1
     done
     cmp "$(step round1 2)/model.safetensors" "$(step trip1 2)/model.safetensors"
 }
-check "weights survive 1, 2, 4, 8 and 1 processes to the bit" round_trip
+check "weights survive 1, 2, 4, 6, 8 and 1 processes to the bit" round_trip
+validation_loss() { sed -n 's/.*"event":"eval".*"loss":\([0-9.]*\).*/\1/p' "$work/$1/log.jsonl" | tail -n 1; }
+# The same tokens are evaluated, by all ranks that have rows; one step changes weights by next to nothing.
+same_evaluation() { # NAME RANKS [KEY=VALUE ...]
+    local name=$1 ranks=$2
+    shift 2
+    train "$name" "$ranks" schedule.max_steps=1 optimizer.learning_rate=0 eval.every=1 "$@" &&
+        python3 -c 'import sys; a, b = map(float, sys.argv[1:]); print(a, b); sys.exit(abs(a - b) > 2e-4 * a)' \
+            "$(validation_loss alone)" "$(validation_loss "$name")"
+}
+check "evaluation on one process" train alone 1 schedule.max_steps=1 optimizer.learning_rate=0 eval.every=1
+check "evaluation: cp 2" same_evaluation eval_cp 2 $cp=2
+check "evaluation: dp 2 x cp 2 with documents" same_evaluation eval_dpcp 4 $cp=2
+check "evaluation: tp 2 x cp 2 x pp 2" same_evaluation eval_all 8 $cp=2 $tp=2 $pp=2
 
 # A head larger than all else is written by a stage that does not have it.
 big_head() {
@@ -219,6 +242,8 @@ refused() { # RANKS 'regular expression' [KEY=VALUE ...]
     [ $? -eq 78 ] && grep -qE -- "$text" "$work/refused.out" || { cat "$work/refused.out"; return 1; }
 }
 check "heads that do not divide" refused 3 'tensor_parallel_size is 3 and model.num_attention_heads 4.* 2 works|1 works' parallel.tensor_parallel_size=3
+check "positions that do not divide" refused 4 'context_parallel_size is 4 and batch.sequence_length 12.*multiple of 8; 3 works' \
+    parallel.context_parallel_size=4 batch.sequence_length=12
 check "too few layers" refused 8 'needs a layer for each.* 4 stages' parallel.pipeline_parallel_size=8
 check "processes that do not divide" refused 3 '3 processes were started' parallel.tensor_parallel_size=2
 check "a batch that does not divide" refused 3 'global_batch_size is 8' model.num_hidden_layers=4

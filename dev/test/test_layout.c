@@ -32,6 +32,14 @@ static void ranks_have_one_place(void** state) {
         assert_int_equal(layout_rank(&l, at.tp, at.dp, at.pp), r);
         assert_int_equal(r, at.tp + 2 * (at.dp + 3 * at.pp));
     }
+    l = layout(2, 6, 2, 1);
+    l.cp_size = 3;
+    assert_int_equal(num_replicas(&l), 2);
+    for (int r = 0; r < l.size; r++) {
+        Layout at = layout_at(l, r);
+        assert_int_equal(r, at.tp + 2 * (at.cp + 3 * (replica(&at) + 2 * at.pp)));
+        assert_true(at.cp < 3 && replica(&at) < 2);
+    }
 }
 
 // Adds one for each element of the whole model that this rank counts.
@@ -147,17 +155,25 @@ static void sizes_that_do_not_divide_are_named(void** state) {
     static RunConfig run;
     (void)state;
     const struct {
-        int size, tp, pp, dp, chunks;
+        int size, tp, pp, dp, chunks, cp;
         const char* says;
     } cases[] = {
-        {8, 2, 2, 0, 1, NULL},
-        {8, 2, 2, 2, 1, NULL},
-        {8, 2, 2, 4, 1, "8 processes were started"},
-        {6, 4, 1, 0, 1, "a multiple of 4"},
-        {3, 3, 1, 0, 1, "num_attention_heads 8: heads must divide evenly; 2 works"},
-        {2, 1, 1, 0, 2, "virtual_pipeline_size is 2 without a pipeline"},
-        {16, 1, 16, 0, 1, "needs a layer for each"},
-        {5, 1, 1, 0, 1, "20 is the nearest above"},
+        {8, 2, 2, 0, 1, 1, NULL},
+        {8, 2, 2, 2, 1, 1, NULL},
+        {8, 2, 2, 4, 1, 1, "8 processes were started"},
+        {8, 2, 2, 1, 1, 2, NULL},
+        {8, 1, 1, 0, 1, 8, NULL},
+        {8, 2, 2, 2, 1, 2, "8 processes were started"},
+        {6, 4, 1, 0, 1, 1, "a multiple of 4"},
+        {6, 1, 1, 0, 1, 4, "a multiple of 4"},
+        {3, 1, 1, 0, 1, 3,
+         "sequence_length 16: each rank has two parts of a sequence of equal length, so it must be "
+         "a multiple of 6; 2 works"},
+        {64, 4, 1, 0, 1, 8, "sequence_length / context_parallel_size 2: it must divide evenly"},
+        {3, 3, 1, 0, 1, 1, "num_attention_heads 8: heads must divide evenly; 2 works"},
+        {2, 1, 1, 0, 2, 1, "virtual_pipeline_size is 2 without a pipeline"},
+        {16, 1, 16, 0, 1, 1, "needs a layer for each"},
+        {5, 1, 1, 0, 1, 1, "20 is the nearest above"},
     };
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
         Error err = {0, {0}};
@@ -168,6 +184,7 @@ static void sizes_that_do_not_divide_are_named(void** state) {
         run.parallel.tensor_parallel_size = cases[i].tp, run.parallel.pipeline_parallel_size = cases[i].pp;
         run.parallel.data_parallel_size = cases[i].dp, run.parallel.virtual_pipeline_size = cases[i].chunks;
         run.parallel.pipeline_schedule = PIPELINE_1F1B, run.parallel.zero_stage = 1;
+        run.parallel.context_parallel_size = cases[i].cp;
         bool ok = layout_resolve(&run, cases[i].size - 1, cases[i].size, &err);
         if (ok != (cases[i].says == NULL) || (!ok && strstr(err.text, cases[i].says) == NULL))
             fail_msg("case %zu: %s", i, ok ? "was accepted" : err.text);

@@ -50,6 +50,7 @@ static void expect_traffic(int rank, double tp, double dp, double pp, double tie
     Layout l = layout_at(run.layout, rank);
     LayoutTraffic t = layout_traffic(&run, &l);
     assert_float_equal(t.tp, tp, 0.5);
+    assert_float_equal(t.cp, 0, 0.5);
     assert_float_equal(t.dp, dp, 0.5);
     assert_float_equal(t.pp, pp, 0.5);
     assert_float_equal(t.tied, tied, 0.5);
@@ -58,6 +59,7 @@ static void expect_traffic(int rank, double tp, double dp, double pp, double tie
 
 #define TP "parallel.tensor_parallel_size="
 #define PP "parallel.pipeline_parallel_size="
+#define CP "parallel.context_parallel_size="
 #define ZERO "parallel.zero_stage="
 #define GLOBAL "batch.global_batch_size="
 
@@ -151,6 +153,24 @@ static void pipeline_traffic(void** state) {
     expect_traffic(1, 0, 0, 4 * 2 * message, 0, 2 * 3 * SUMS / 4);
 }
 
+// Two ranks have half of each sequence: of keys and values, (N / 2, 128) of 2 bytes, each layer gathers one part in the
+// forward pass, again in the backward pass, apart from the last layer's, which are still there, and scatters gradients.
+static void context_parallel_traffic(void** state) {
+    (void)state;
+    double part = 256 * 128 * 2, all = 36864 + 2 * 53248 + 4096;
+    Layout l = *lay_out_run(2, CP "2", GLOBAL "16", NULL);
+    LayoutTraffic t = layout_traffic(&run, &l);
+    assert_float_equal(t.cp, 2 * (2 + 1 + 2) * part, 0.5); // of two micro-batches
+    assert_float_equal(t.dp, all * (4 + 2) / 2, 0.5); // and weights are shared out as by data parallelism
+    l = *lay_out_run(2, CP "2", GLOBAL "16", "batch.recompute=block", NULL);
+    assert_float_equal(layout_traffic(&run, &l).cp, 2 * (2 + 1 + 2) * part, 0.5);
+    l = *lay_out_run(4, CP "2", PP "2", GLOBAL "16", NULL);
+    assert_float_equal(layout_traffic(&run, &l).cp, 2 * (1 + 1 + 1) * part,
+                       0.5); // two micro-batches are under way
+    l = layout_at(l, 2);     // the last stage's backward pass follows its forward pass
+    assert_float_equal(layout_traffic(&run, &l).cp, 2 * (1 + 0 + 1) * part, 0.5);
+}
+
 // A rank's part of wte and wpe is 20480 elements, of a layer 25184, in whole slices 28672.
 static void traffic_of_all_three(void** state) {
     (void)state;
@@ -175,6 +195,17 @@ static void traffic_of_all_three(void** state) {
 static LayoutRates rates_of(double link) {
     LayoutRates r = {1e12, INFINITY, link, link, 0, 8, false};
     return r;
+}
+
+// Gathers of the backward pass are hidden, those of the forward pass and sums of gradients are not: 4 of 5 parts.
+static void context_parallel_is_partly_hidden(void** state) {
+    (void)state;
+    const Layout* l = lay_out_run(2, CP "2", NULL);
+    double all = layout_traffic(&run, l).cp, link = 1e14;
+    LayoutRates rates = rates_of(link);
+    assert_float_equal(layout_cost(&run, l, rates).cp * link / all, 0.8, 1e-6);
+    rates.no_overlap = true;
+    assert_float_equal(layout_cost(&run, l, rates).cp * link / all, 1, 1e-3);
 }
 
 // One rank: every FLOP of flops.h, and 36 bytes a parameter. No bubble, nothing exposed.
@@ -339,7 +370,9 @@ static void search_follows_the_rates(void** state) {
     count = ROOM;
     assert_true(layout_search(&run, 8, 0, rates_of(1e6), choices, &count));
     assert_true(run.layout.tp_size == 1); // activations of every layer are the most bytes
-    assert_non_null(strstr(choices[count - 1].reason, "slower: tensor-parallel communication"));
+    // 4 heads allow tp 4 at most; keys and values of 8 ranks are the most bytes of all
+    assert_int_equal(choices[count - 1].layout.cp_size, 8);
+    assert_non_null(strstr(choices[count - 1].reason, "slower: context-parallel communication"));
 }
 
 static void search_that_finds_nothing(void** state) {
@@ -374,8 +407,8 @@ static void reasons_are_short(void** state) {
     LayoutChoice c[4];
     memset(c, 0, sizeof c);
     for (int i = 0; i < 4; i++) c[i].layout = layout_single(), c[i].fits = i < 3, c[i].memory = 5250000000;
-    LayoutCost best = {1.0, 0.9, 0.1, 0, 0, 0, 0.1}, bubble = {1.12, 0.846, 0.05, 0, 0, 0.2, 0.05};
-    LayoutCost slow = {1.05, 0.9, 0.1, 0.05, 0, 0, 0.15};
+    LayoutCost best = {1.0, 0.9, 0.1, 0, 0, 0, 0, 0.1}, bubble = {1.12, 0.846, 0.05, 0, 0, 0, 0.2, 0.05};
+    LayoutCost slow = {1.05, 0.9, 0.1, 0, 0.05, 0, 0, 0.15};
     c[0].cost = best, c[1].cost = bubble, c[2].cost = slow;
     c[3].memory = 91000000000;
     for (int i = 0; i < 4; i++) explain_choice(&c[i], &c[0], 80000000000);
@@ -387,9 +420,9 @@ static void reasons_are_short(void** state) {
     assert_non_null(out);
     layout_print(c, 4, out);
     read_back(out);
-    expect("  tp   pp    dp zero  schedule        memory     a step  bubble  exposed\n");
+    expect("  tp   cp   pp    dp zero  schedule        memory     a step  bubble  exposed\n");
     expect(
-        "   1    1     1    0                 5.25 GB    1.120 s  20.0 %    5.0 %  12 % slower: bubble 20 %\n");
+        "   1    1    1     1    0                 5.25 GB    1.120 s  20.0 %    5.0 %  12 % slower: bubble 20 %\n");
     expect("91 GB ");
     expect("  does not fit: 91 GB of 80\n");
 }
@@ -401,7 +434,8 @@ static void plan_of_a_layout(void** state) {
     lay_out_run(8, TP "2", PP "2", GLOBAL "32", NULL);
     layout_plan_print(&run, out);
     read_back(out);
-    expect("8 processes: tensor parallel 2 x data parallel 2 x pipeline 2, ZeRO 1, 1F1B\n");
+    expect(
+        "8 processes: tensor parallel 2 x context parallel 1 x data parallel 2 x pipeline 2, ZeRO 1, 1F1B\n");
     expect("memory, stage 0 "), expect("589,824   0.00 GB\n"); // 49152 * (16 - 8) + 49152 * 8 / 2
     expect("memory, stage 1 "), expect("638,976   0.00 GB\n"); // 4096 more
     expect("data parallel                   159,744\n");       // 53248 * 6 / 2
@@ -423,24 +457,16 @@ static void plan_of_a_layout(void** state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        cmocka_unit_test(one_rank_sends_nothing),
-        cmocka_unit_test(tensor_parallel_traffic),
-        cmocka_unit_test(replicated_heads_traffic),
-        cmocka_unit_test(data_parallel_traffic),
-        cmocka_unit_test(zero3_gathers_by_windows),
-        cmocka_unit_test(pipeline_traffic),
-        cmocka_unit_test(traffic_of_all_three),
-        cmocka_unit_test(one_rank_computes),
-        cmocka_unit_test(data_parallel_hides_behind_compute),
-        cmocka_unit_test(the_last_bucket_is_exposed),
-        cmocka_unit_test(tensor_parallel_is_half_hidden),
-        cmocka_unit_test(bubble_is_the_schedule_s),
-        cmocka_unit_test(links_follow_machines),
-        cmocka_unit_test(search_sorts),
-        cmocka_unit_test(search_follows_the_rates),
-        cmocka_unit_test(search_that_finds_nothing),
-        cmocka_unit_test(reasons_are_short),
-        cmocka_unit_test(plan_of_a_layout),
+        cmocka_unit_test(one_rank_sends_nothing),     cmocka_unit_test(tensor_parallel_traffic),
+        cmocka_unit_test(replicated_heads_traffic),   cmocka_unit_test(data_parallel_traffic),
+        cmocka_unit_test(zero3_gathers_by_windows),   cmocka_unit_test(pipeline_traffic),
+        cmocka_unit_test(traffic_of_all_three),       cmocka_unit_test(context_parallel_traffic),
+        cmocka_unit_test(one_rank_computes),          cmocka_unit_test(data_parallel_hides_behind_compute),
+        cmocka_unit_test(the_last_bucket_is_exposed), cmocka_unit_test(tensor_parallel_is_half_hidden),
+        cmocka_unit_test(bubble_is_the_schedule_s),   cmocka_unit_test(context_parallel_is_partly_hidden),
+        cmocka_unit_test(links_follow_machines),      cmocka_unit_test(search_sorts),
+        cmocka_unit_test(search_follows_the_rates),   cmocka_unit_test(search_that_finds_nothing),
+        cmocka_unit_test(reasons_are_short),          cmocka_unit_test(plan_of_a_layout),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
 }
