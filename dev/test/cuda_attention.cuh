@@ -280,6 +280,127 @@ static void test_attention_case(const AttentionCase& c) {
 }
 
 // ----------------------------------------------------------------------------
+// ranks that share sequences: one after the other on this device, each with its rows alone, held against one
+// rank with all of them
+
+struct SharedCase {
+    int ranks;
+    AttentionCase whole;
+};
+
+static const SharedCase shared_cases[] = {
+    // runs of 64, 37, 5, 40 and 96 rows; tiles of 128, 64 and 32
+    {2, {1, 256, 2, 1, 64, ONE_DOCUMENT, 1}},    {3, {2, 222, 4, 2, 64, OFF_TILE_EDGES, 1}},
+    {4, {2, 40, 1, 1, 64, ONE_DOCUMENT, 1}},     {2, {1, 160, 2, 2, 64, OFF_TILE_EDGES, 40}},
+    {3, {1, 240, 1, 1, 64, ONE_DOCUMENT, 40}},   {2, {1, 384, 1, 1, 64, ON_TILE_EDGES, 1}},
+    {3, {1, 222, 2, 1, 64, A_TOKEN_EACH, 1}},    {2, {1, 256, 1, 1, 128, ON_TILE_EDGES, 1}},
+    {3, {2, 222, 2, 1, 128, OFF_TILE_EDGES, 1}}, {4, {1, 128, 1, 1, 128, ONE_DOCUMENT, 1}},
+    {2, {1, 160, 1, 1, 128, ONE_DOCUMENT, 40}},  {2, {2, 128, 2, 1, 40, OFF_TILE_EDGES, 1}},
+    {3, {1, 222, 4, 2, 40, ONE_DOCUMENT, 1}},
+};
+
+// Of an array with `heads` blocks of T rows a sequence, each of n elements, the rows of a rank.
+template <typename X>
+static std::vector<X> rows_of_rank(const X* whole, Positions at, int blocks, int T, int ranks, size_t n) {
+    std::vector<X> rows;
+    for (int b = 0; b < blocks; b++)
+        for (int t = 0; t < T / ranks; t++) {
+            const X* row = whole + ((size_t)b * (size_t)T + (size_t)position_at(at, t)) * n;
+            rows.insert(rows.end(), row, row + n);
+        }
+    return rows;
+}
+
+// Whether the first `columns` of each row, `stride` elements long, are the same; and the others are NaN.
+static bool same_columns(const double* ours, const std::vector<double>& whole, size_t stride,
+                         size_t columns) {
+    bool same = true;
+    for (size_t i = 0; i < whole.size(); i++) {
+        bool written = i % stride < columns;
+        same = same && (written ? memcmp(&ours[i], &whole[i], sizeof ours[i]) == 0 : isnan(ours[i]));
+    }
+    return same;
+}
+
+// What one rank's kernels leave, against the rows of the whole; adds its dkv to those of the other ranks.
+static bool run_rank(const SharedCase& shared, int rank, const double* qkv, const double* kv,
+                     const double* dout, const int* starts, const AttentionArrays& whole, double* dkv_sum) {
+    const AttentionCase& c = shared.whole;
+    AttentionSizes n = sizes_of_case(c);
+    int ranks = shared.ranks;
+    size_t size = (size_t)ranks, kv_size = (size_t)c.B * n.T * (n.row - n.out_row);
+    AttentionShape shape = {c.B, c.T / ranks, c.T, c.NH, c.NKV, c.HS, positions_of(c.T, rank, ranks)};
+    std::vector<double> my_qkv = rows_of_rank(qkv, shape.at, c.B, c.T, ranks, n.row),
+                        my_dout = rows_of_rank(dout, shape.at, c.B, c.T, ranks, n.out_row);
+    for (size_t i = 0; i < my_qkv.size(); i++)
+        if (i % n.row >= n.out_row) my_qkv[i] = NAN; // not to be read
+    const int* my_starts = NULL;
+    if (starts != NULL) {
+        std::vector<int> rows = rows_of_rank(starts, shape.at, c.B, c.T, ranks, 1);
+        my_starts = ints_to_device(rows.data(), rows.size());
+    }
+    const floatX *device_qkv = to_device<floatX>(my_qkv.data(), my_qkv.size()),
+                 *device_dout = to_device<floatX>(my_dout.data(), my_dout.size()),
+                 *device_kv = to_device<floatX>(kv, kv_size);
+    floatX *out = poisoned_device<floatX>(n.out / size), *dqkv = poisoned_device<floatX>(n.qkv / size),
+           *dkv = poisoned_device<floatX>(kv_size);
+    float* lse = poisoned_device<float>(n.lse / size);
+    void* scratch = poisoned_device<float>(attention_scratch_bytes(shape) / sizeof(float));
+    attention_forward(out, lse, device_qkv, device_kv, my_starts, shape, 0);
+    attention_backward(dqkv, dkv, scratch, device_dout, device_qkv, device_kv, out, lse, my_starts, shape, 0);
+
+    const double* host_dkv = to_host(dkv, kv_size);
+    for (size_t i = 0; i < kv_size; i++) dkv_sum[i] += host_dkv[i];
+    return same_columns(to_host(out, n.out / size),
+                        rows_of_rank(whole.out, shape.at, c.B, c.T, ranks, n.out_row), n.out_row,
+                        n.out_row) &&
+           same_columns(to_host(lse, n.lse / size),
+                        rows_of_rank(whole.lse, shape.at, c.B * c.NH, c.T, ranks, 1), 1, 1) &&
+           same_columns(to_host(dqkv, n.qkv / size),
+                        rows_of_rank(whole.dqkv, shape.at, c.B, c.T, ranks, n.row), n.row, n.out_row);
+}
+
+// Columns `first` to `end` of rows of n elements.
+static std::vector<double> columns_of(const double* x, size_t rows, size_t n, size_t first, size_t end) {
+    std::vector<double> columns;
+    for (size_t i = 0; i < rows; i++) columns.insert(columns.end(), x + i * n + first, x + i * n + end);
+    return columns;
+}
+
+static void test_shared_sequences(const SharedCase& shared) {
+    const AttentionCase& c = shared.whole;
+    AttentionSizes n = sizes_of_case(c);
+    size_t N = (size_t)c.B * n.T, kv_row = n.row - n.out_row;
+    double *qkv = random_values(n.qkv, 1), *dout = random_values(n.out, 1);
+    for (size_t i = 0; i < n.qkv; i++)
+        if (i % n.row < n.out_row) qkv[i] *= c.q_scale;
+    round_to_floatX(qkv, n.qkv);
+    int* starts = document_starts(c);
+    DeviceAttention device = run_attention(c, to_device<floatX>(qkv, n.qkv), to_device<floatX>(dout, n.out),
+                                           starts != NULL ? ints_to_device(starts, N) : NULL);
+    AttentionArrays whole = {to_host(device.out, n.out), to_host(device.lse, n.lse),
+                             to_host(device.dqkv, n.qkv)};
+    AttentionArrays truth = attention_truth(c, qkv, dout, starts),
+                    plain = attention_plain(c, qkv, dout, starts, shared.ranks);
+    std::vector<double> kv = columns_of(qkv, N, n.row, n.out_row, n.row), dkv(kv.size());
+    char what[120];
+    for (int rank = 0; rank < shared.ranks; rank++)
+        tap_check(run_rank(shared, rank, qkv, kv.data(), dout, starts, whole, dkv.data()),
+                  "attention T %d HS %d, rank %d of %d: out, lse and dq have the bits of one rank", c.T, c.HS,
+                  rank, shared.ranks);
+    for (int part = 0; part < 2; part++) {
+        size_t first = part == 0 ? 0 : kv_row / 2, end = first + kv_row / 2;
+        snprintf(what, sizeof what, "attention T %d HS %d, sum of %d ranks: %s", c.T, c.HS, shared.ranks,
+                 part == 0 ? "dk" : "dv");
+        std::vector<double> sum = columns_of(dkv.data(), N, kv_row, first, end);
+        first += n.out_row, end += n.out_row;
+        judge(what, sum.data(), columns_of(plain.dqkv, N, n.row, first, end).data(),
+              columns_of(truth.dqkv, N, n.row, first, end).data(), sum.size());
+    }
+    release_all();
+}
+
+// ----------------------------------------------------------------------------
 // decoding: the last row of a sequence, its keys and values from a cache that is longer than the sequence
 
 static void test_attention_decode(int length, int NH, int NKV, int HS) {
@@ -305,6 +426,7 @@ static void test_attention_decode(int length, int NH, int NKV, int HS) {
 
 static void test_attention(void) {
     for (const AttentionCase& c : attention_cases) test_attention_case(c);
+    for (const SharedCase& c : shared_cases) test_shared_sequences(c);
     const int decodes[][4] = {{1, 1, 1, 8},    {31, 4, 2, 64},  {32, 2, 2, 80},
                               {33, 7, 1, 128}, {200, 4, 1, 40}, {77, 2, 1, 256}};
     for (const int* d : decodes) test_attention_decode(d[0], d[1], d[2], d[3]);
