@@ -299,18 +299,6 @@ static const SharedCase shared_cases[] = {
     {3, {1, 222, 4, 2, 40, ONE_DOCUMENT, 1}},
 };
 
-// Of an array with `heads` blocks of T rows a sequence, each of n elements, the rows of a rank.
-template <typename X>
-static std::vector<X> rows_of_rank(const X* whole, Positions at, int blocks, int T, int ranks, size_t n) {
-    std::vector<X> rows;
-    for (int b = 0; b < blocks; b++)
-        for (int t = 0; t < T / ranks; t++) {
-            const X* row = whole + ((size_t)b * (size_t)T + (size_t)position_at(at, t)) * n;
-            rows.insert(rows.end(), row, row + n);
-        }
-    return rows;
-}
-
 // Whether the first `columns` of each row, `stride` elements long, are the same; and the others are NaN.
 static bool same_columns(const double* ours, const std::vector<double>& whole, size_t stride,
                          size_t columns) {

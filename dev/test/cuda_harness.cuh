@@ -9,6 +9,7 @@
 #include "llmc/bf16.h"   // defines: bf16_from_float, float_from_bf16
 #include "llmc/config.h" // defines: RunConfig; what the reference layers include, outside the namespace
 #include "llmc/cuda_common.cuh" // defines: floatX, CUDA_CHECK
+#include "llmc/positions.h"     // defines: Positions, position_at
 #include "llmc/rand.h"          // defines: random_uniform
 #include "llmc/rope.h"          // defines: rope_table
 #include <omp.h>
@@ -134,6 +135,18 @@ template <typename X> static bool same_bits(const X* a, const X* b, size_t n) {
     CUDA_CHECK(cudaMemcpy(x.data(), a, n * sizeof(X), cudaMemcpyDeviceToHost));
     CUDA_CHECK(cudaMemcpy(y.data(), b, n * sizeof(X), cudaMemcpyDeviceToHost));
     return memcmp(x.data(), y.data(), n * sizeof(X)) == 0;
+}
+
+// Of an array with so many blocks of T rows of n elements, the rows of the rank with the positions `at`.
+template <typename X>
+static std::vector<X> rows_of_rank(const X* whole, Positions at, int blocks, int T, int ranks, size_t n) {
+    std::vector<X> rows;
+    for (int b = 0; b < blocks; b++)
+        for (int t = 0; t < T / ranks; t++) {
+            const X* row = whole + ((size_t)b * (size_t)T + (size_t)position_at(at, t)) * n;
+            rows.insert(rows.end(), row, row + n);
+        }
+    return rows;
 }
 
 static char* align64(std::vector<char>& memory) {

@@ -282,6 +282,76 @@ static void test_rope(int B, int T, int NH, int NKV, int HS, int offset) {
 }
 
 // ----------------------------------------------------------------------------
+// positions: ranks that share sequences, one after the other, against one rank with all rows
+
+struct EmbeddingTables {
+    floatX *wte, *wpe;
+    float* dwte;
+};
+
+// A rank's rows: out, and what they add to dwpe.
+static std::vector<double> embed_rank(float* dwpe, const EmbeddingTables& tables,
+                                      const std::vector<int>& tokens, const double* dout, int V, int B, int T,
+                                      int C, int rank, int ranks) {
+    Positions at = positions_of(T, rank, ranks);
+    std::vector<int> mine = rows_of_rank(tokens.data(), at, B, T, ranks, 1), order(mine.size()),
+                     counts((size_t)V + 2);
+    std::vector<double> my_dout = rows_of_rank(dout, at, B, T, ranks, (size_t)C);
+    token_order(order.data(), mine.data(), (int)mine.size(), V, counts.data());
+    int *dev_tokens = ints_to_device(mine.data(), mine.size()),
+        *dev_order = ints_to_device(order.data(), order.size());
+    floatX *out = poisoned_device<floatX>(my_dout.size()),
+           *dev_dout = to_device<floatX>(my_dout.data(), my_dout.size());
+    embedding_forward(out, dev_tokens, tables.wte, tables.wpe, at, B, T / ranks, C, test_stream);
+    embedding_backward(tables.dwte, dwpe, dev_dout, dev_tokens, dev_order, at, B, T / ranks, C, test_stream);
+    const double* host = to_host(out, my_dout.size());
+    return std::vector<double>(host, host + my_dout.size());
+}
+
+static void test_embedding_of_ranks(int B, int T, int C, int ranks) {
+    const int V = 13;
+    size_t row = (size_t)C, rows = (size_t)(B * T), table = (size_t)V * row, places = (size_t)T * row;
+    std::vector<int> tokens(rows);
+    for (size_t i = 0; i < rows; i++) tokens[i] = (int)(i * i % (size_t)V);
+    double *wte = random_values(table, 1), *wpe = random_values(places, 1), *dwpe = random_values(places, 1),
+           *dout = random_values(rows * row, 1);
+    EmbeddingTables tables = {to_device<floatX>(wte, table), to_device<floatX>(wpe, places),
+                              to_device<float>(wte, table)};
+    float *of_one = to_device<float>(dwpe, places), *of_all = to_device<float>(dwpe, places);
+    std::vector<double> whole = embed_rank(of_one, tables, tokens, dout, V, B, T, C, 0, 1);
+    bool same = true;
+    for (int r = 0; r < ranks; r++)
+        same = same && rows_of_rank(whole.data(), positions_of(T, r, ranks), B, T, ranks, row) ==
+                           embed_rank(of_all, tables, tokens, dout, V, B, T, C, r, ranks);
+    tap_check(same, "embedding T=%d C=%d, %d ranks: out has the bits of one rank", T, C, ranks);
+    tap_check(same_bits(of_one, of_all, places), "embedding T=%d C=%d, %d ranks: so has dwpe", T, C, ranks);
+    release_all();
+}
+
+static void test_rope_of_ranks(int B, int T, int NH, int NKV, int HS, int ranks) {
+    size_t row = (size_t)((NH + 2 * NKV) * HS), n = (size_t)(B * T) * row, half = (size_t)HS / 2;
+    double *x = random_values(n, 1), *cosines = random_values((size_t)T * half, 1),
+           *sines = random_values((size_t)T * half, 1);
+    float *dev_cos = to_device<float>(cosines, (size_t)T * half),
+          *dev_sin = to_device<float>(sines, (size_t)T * half);
+    floatX* device = to_device<floatX>(x, n);
+    rope_forward(device, dev_cos, dev_sin, positions_of(T, 0, 1), B, T, NH, NKV, HS, test_stream);
+    const double* whole = to_host(device, n);
+    bool same = true;
+    for (int rank = 0; rank < ranks; rank++) {
+        Positions at = positions_of(T, rank, ranks);
+        std::vector<double> mine = rows_of_rank(x, at, B, T, ranks, row);
+        floatX* rows = to_device<floatX>(mine.data(), mine.size());
+        rope_forward(rows, dev_cos, dev_sin, at, B, T / ranks, NH, NKV, HS, test_stream);
+        const double* ours = to_host(rows, mine.size());
+        same = same &&
+               rows_of_rank(whole, at, B, T, ranks, row) == std::vector<double>(ours, ours + mine.size());
+    }
+    tap_check(same, "rope T=%d HS=%d, %d ranks: the bits of one rank", T, HS, ranks);
+    release_all();
+}
+
+// ----------------------------------------------------------------------------
 // activation
 
 static float plain_sigmoid(float x) { return 1 / (1 + expf(-x)); }
@@ -389,6 +459,10 @@ static void test_layers(void) {
     test_rope(1, 33, 7, 1, 40, 0);
     test_rope(1, 3, 24, 8, 80, 2);
     test_rope(2, 2, 3, 3, 128, 1);
+    test_embedding_of_ranks(2, 8, 16, 2);
+    test_embedding_of_ranks(3, 18, 264, 3);
+    test_rope_of_ranks(2, 12, 4, 2, 64, 2);
+    test_rope_of_ranks(1, 30, 2, 1, 40, 3);
     for (int kind = ACTIVATION_GELU_TANH; kind <= ACTIVATION_SWIGLU; kind++) {
         test_activation(1, 8, kind, 1);
         test_activation(7, 264, kind, 4);
