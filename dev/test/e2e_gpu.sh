@@ -10,10 +10,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export OMP_NUM_THREADS=2
 
-cat llmc/*.h dev/doc/*.md >"$work/text.txt"
-./corpus bpe --vocab-size 512 --special '<|endoftext|>' --out "$work/tokenizer.json" "$work/text.txt" >/dev/null
-./corpus encode --tokenizer "$work/tokenizer.json" --out-dir "$work/data" --val-fraction 0.1 \
-    --document-separator $'\n\n' "$work/text.txt" >/dev/null
+. dev/test/small_corpus.sh
 
 # Small enough for an emulated GPU, with heads of 64, which have the tensor cores' kernels.
 small=(batch.micro_batch_size=2 batch.sequence_length=32 batch.global_batch_size=4 schedule.max_steps=8

@@ -8,10 +8,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 export OMP_NUM_THREADS=2 # a run is bitwise repeatable on the same number of threads
 
-cat llmc/*.h dev/doc/*.md >"$work/text.txt"
-./corpus bpe --vocab-size 512 --special '<|endoftext|>' --out "$work/tokenizer.json" "$work/text.txt" >/dev/null
-./corpus encode --tokenizer "$work/tokenizer.json" --out-dir "$work/data" --val-fraction 0.1 \
-    --document-separator $'\n\n' "$work/text.txt" >/dev/null
+. dev/test/small_corpus.sh
 
 # train CONFIG RUN_DIR [key=value ...]
 train() {
