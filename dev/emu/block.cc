@@ -494,6 +494,7 @@ void emu_run_kernel(const EmuLaunch& launch, void (*thread)(void*), void* argume
     }
     if (emu_checker != NULL) emu_checker->end_launch();
     b.launch = NULL;
+    emu_take(launch.name, 0);
 }
 
 // ----------------------------------------------------------------------------

@@ -443,6 +443,7 @@ static void run_problem(const Problem* p, const Operands* o, const Algorithm* al
     for (size_t first = 0; first < p->m; first += PANEL)
         panel_multiply(p, o, b.data(), first, algorithm->k_block, backwards);
     if (p->epilogue->epilogue == CUBLASLT_EPILOGUE_BGRADB) sum_columns(p, b.data(), algorithm->k_block);
+    emu_take("matmul", 2.0 * (double)p->m * (double)p->n * (double)p->k / emu_clock()->matmul);
 }
 
 cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc, const void* alpha,

@@ -90,6 +90,26 @@ EmuAllocation* emu_find_allocation(const void* address);
 bool emu_in_device_range(const void* address);
 
 // ----------------------------------------------------------------------------
+// clock.cc: virtual seconds
+
+struct EmuClock {
+    bool on;
+    double matmul, copy, link, latency;
+};
+const EmuClock* emu_clock(void); // as EMU_CLOCK says; without it the rates are infinite
+
+// The operation that runs: what stream.cc knows of it, and its time.
+struct EmuRunning {
+    double now;
+    int stream;        // in the order of their creation; 0: the default stream
+    const char* range; // the NVTX range in which the host enqueued it
+};
+extern EmuRunning emu_running;
+// The running operation takes so long.
+void emu_take(const char* what, double seconds);
+const char* emu_range(void); // nvtx.cc: the innermost open range, or ""
+
+// ----------------------------------------------------------------------------
 // stream.cc
 
 // Puts into a stream what cannot be done in one go: it is called until it says true.

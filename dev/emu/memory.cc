@@ -116,6 +116,10 @@ cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total_bytes) {
 // ----------------------------------------------------------------------------
 // copies
 
+static void take_time(const char* what, size_t touched) {
+    emu_take(what, (double)touched / emu_clock()->copy);
+}
+
 typedef enum { PLACE_PAGEABLE, PLACE_PINNED, PLACE_DEVICE, PLACE_WRONG } Place;
 
 static Place place_of(const void* p, size_t bytes) {
@@ -145,9 +149,15 @@ cudaError_t cudaMemcpyAsync(void* dst, const void* src, size_t bytes, cudaMemcpy
     if (error != cudaSuccess) return emu_error(error);
     if (from == PLACE_PAGEABLE) { // the driver takes a copy of it before it returns
         auto staged = std::make_shared<std::vector<char>>((const char*)src, (const char*)src + bytes);
-        error = emu_enqueue(stream, [=] { memcpy(dst, staged->data(), bytes); });
+        error = emu_enqueue(stream, [=] {
+            memcpy(dst, staged->data(), bytes);
+            take_time("memcpy", 2 * bytes);
+        });
     } else {
-        error = emu_enqueue(stream, [=] { memmove(dst, src, bytes); });
+        error = emu_enqueue(stream, [=] {
+            memmove(dst, src, bytes);
+            take_time("memcpy", 2 * bytes);
+        });
     }
     if (error == cudaSuccess && to == PLACE_PAGEABLE) error = cudaStreamSynchronize(stream);
     return error;
@@ -178,7 +188,10 @@ cudaError_t cudaMemsetAsync(void* pointer, int value, size_t bytes, cudaStream_t
     if (bytes == 0) return cudaSuccess;
     Place place = place_of(pointer, bytes);
     if (place != PLACE_DEVICE && place != PLACE_PINNED) return emu_error(cudaErrorInvalidValue);
-    return emu_enqueue(stream, [=] { memset(pointer, value, bytes); });
+    return emu_enqueue(stream, [=] {
+        memset(pointer, value, bytes);
+        take_time("memset", bytes);
+    });
 }
 cudaError_t cudaMemset(void* pointer, int value, size_t bytes) {
     EmuLock lock;

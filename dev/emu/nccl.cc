@@ -21,6 +21,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <map>
 #include <set>
@@ -46,13 +47,15 @@ struct Signature {
 struct alignas(64) RankArea {
     std::atomic<unsigned long> posted, read; // pieces
     Signature call;                          // that the last posted piece belongs to
+    double start;                            // of it here, by the virtual clock
     std::atomic<unsigned long> split, split_read;
     int color, key;
     alignas(64) char stage[STAGE_BYTES];
 };
 struct alignas(64) PairArea {
     std::atomic<unsigned long> put, got;
-    size_t bytes; // of the whole message
+    size_t bytes;    // of the whole message
+    double start[2]; // of its receive and of its send, by the virtual clock
     alignas(64) char stage[PAIR_BYTES];
 };
 struct alignas(64) Header {
@@ -69,7 +72,8 @@ struct ncclComm {
     unsigned long issued, served; // operations
     unsigned long pieces;         // of collectives so far
     unsigned long splits;
-    int number;                                              // in the order in which this process made them
+    double free_at; // when the last operation has ended, by the virtual clock
+    int number;     // in the order in which this process made them
     std::map<int, std::pair<unsigned long, double>> traffic; // kind -> calls, bytes
 
     Header* header() { return (Header*)(void*)segment; }
@@ -366,6 +370,7 @@ struct Call {
     size_t done;    // elements of a collective, bytes of a message
     unsigned phase; // of a piece: 0 not posted, 1 posted
     bool finished;
+    double start; // by the virtual clock: when all ranks are there
 };
 
 static void check_memory(const Call& call, const void* pointer, size_t bytes) {
@@ -452,7 +457,7 @@ static bool advance_collective(Call& c) {
         if (c.phase == 0) {
             for (int r = 0; r < comm->size; r++)
                 if (comm->area(r)->read.load() < comm->pieces) return false;
-            mine->call = c.what;
+            mine->call = c.what, mine->start = c.start;
             post_piece(c, n);
             mine->posted.store(comm->pieces + 1);
             c.phase = 1;
@@ -460,6 +465,7 @@ static bool advance_collective(Call& c) {
         for (int r = 0; r < comm->size; r++)
             if (comm->area(r)->posted.load() <= comm->pieces) return false;
         check_agreement(c);
+        for (int r = 0; r < comm->size; r++) c.start = std::max(c.start, comm->area(r)->start);
         take_piece(c, n);
         mine->read.store(++comm->pieces);
         c.phase = 0, c.done += n;
@@ -477,6 +483,7 @@ static bool advance_message(Call& c) {
         size_t n = bytes - c.done < PAIR_BYTES ? bytes - c.done : (size_t)PAIR_BYTES;
         bool full = pair->put.load() != pair->got.load();
         if (full == sending) return false;
+        pair->start[sending] = c.start;
         if (sending) {
             pair->bytes = bytes;
             memcpy(pair->stage, c.send + c.done, n);
@@ -486,12 +493,40 @@ static bool advance_message(Call& c) {
                 emu_report("ncclSend of %zu bytes from rank %d meets ncclRecv of %zu in rank %d", pair->bytes,
                            c.what.root, bytes, c.comm->rank);
             memcpy(c.recv + c.done, pair->stage, n);
+            c.start = std::max(c.start, pair->start[1]);
             pair->got.fetch_add(1);
         }
         c.done += n;
         emu_pause(true);
     }
-    return !sending || pair->put.load() == pair->got.load();
+    if (!sending) return true;
+    if (pair->put.load() != pair->got.load()) return false;
+    if (bytes > 0) c.start = std::max(c.start, pair->start[0]);
+    return true;
+}
+
+// What a ring, or a direct send, sends from each rank, in bytes.
+static double bytes_sent(const Call& c) {
+    double bytes = (double)(c.what.count * TYPE_BYTES[c.what.type]), n = c.comm->size;
+    switch (c.what.kind) {
+    case ALL_REDUCE:
+        return 2 * (n - 1) / n * bytes;
+    case REDUCE_SCATTER:
+    case ALL_GATHER:
+        return (n - 1) * bytes;
+    case SEND:
+        return bytes;
+    case RECEIVE:
+        return 0;
+    default:
+        return (n - 1) / n * bytes;
+    }
+}
+
+// In messages, one behind the other.
+static double messages_sent(const Call& c) {
+    if (c.what.count == 0 || c.what.kind >= SEND) return c.what.count > 0;
+    return (c.what.kind == ALL_REDUCE ? 2 : 1) * (c.comm->size - 1);
 }
 
 // Calls that were made together. Collectives of a communicator run one after the other, and so do messages in
@@ -501,6 +536,30 @@ struct Batch {
     std::map<ncclComm_t, unsigned long> tickets;
     bool begun;
 };
+
+// By the virtual clock, all of them begin when the last rank of any is there, and share one link: they take the time
+// of all bytes sent (or received, if these are more) and of the longest chain of messages.
+static void take_time(const Batch& o) {
+    double sent = 0, received = 0, messages = 0;
+    for (const Call& c : o.calls) {
+        emu_running.now = std::max(emu_running.now, c.start);
+        sent += bytes_sent(c);
+        if (c.what.kind == RECEIVE) received += (double)(c.what.count * TYPE_BYTES[c.what.type]);
+        messages = std::max(messages, messages_sent(c));
+    }
+    emu_take(KIND_NAMES[o.calls[0].what.kind],
+             std::max(sent, received) / emu_clock()->link + messages * emu_clock()->latency);
+    for (const auto& t : o.tickets) t.first->free_at = emu_running.now;
+}
+
+static void begin(Batch& o) {
+    double start = emu_running.now;
+    for (const auto& t : o.tickets) start = std::max(start, t.first->free_at);
+    for (Call& c : o.calls) {
+        check_buffers(c);
+        c.start = start;
+    }
+}
 
 static bool must_wait(const Batch& o, size_t i) {
     const Call& c = o.calls[i];
@@ -520,8 +579,7 @@ static bool advance(Batch& o) {
         aborted = aborted || t.first->aborted;
         if (!o.begun && t.first->served != t.second && !t.first->aborted) return false;
     }
-    if (!o.begun && !aborted)
-        for (const Call& c : o.calls) check_buffers(c);
+    if (!o.begun && !aborted) begin(o);
     o.begun = true;
     for (size_t i = 0; i < o.calls.size() && !aborted; i++) {
         Call& c = o.calls[i];
@@ -529,27 +587,10 @@ static bool advance(Batch& o) {
             c.finished = c.what.kind < SEND ? advance_collective(c) : advance_message(c);
         all = all && c.finished;
     }
+    if (all && !aborted) take_time(o);
     if (all)
         for (const auto& t : o.tickets) t.first->served++;
     return all;
-}
-
-// What a ring, or a direct send, sends from each rank, in bytes.
-static double bytes_sent(const Call& c) {
-    double bytes = (double)(c.what.count * TYPE_BYTES[c.what.type]), n = c.comm->size;
-    switch (c.what.kind) {
-    case ALL_REDUCE:
-        return 2 * (n - 1) / n * bytes;
-    case REDUCE_SCATTER:
-    case ALL_GATHER:
-        return (n - 1) * bytes;
-    case SEND:
-        return bytes;
-    case RECEIVE:
-        return 0;
-    default:
-        return (n - 1) / n * bytes;
-    }
 }
 
 static thread_local int group_depth;
@@ -617,7 +658,7 @@ static ncclResult_t check_call(const Call& c) {
 static ncclResult_t submit(Kind kind, const void* send, void* recv, size_t count, ncclDataType_t type, int op,
                            int root, ncclComm_t comm, cudaStream_t stream) {
     EmuLock lock;
-    Call call = {{}, (const char*)send, (char*)recv, comm, stream, 0, 0, false};
+    Call call = {{}, (const char*)send, (char*)recv, comm, stream, 0, 0, false, 0};
     memset((void*)&call.what, 0, sizeof call.what); // signatures are compared as bytes
     call.what.kind = kind, call.what.type = type, call.what.op = op, call.what.root = root;
     call.what.count = count;

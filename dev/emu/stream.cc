@@ -8,10 +8,14 @@
 // An operation that needs another process (a collective) is asked again and again until it is done. Meanwhile
 // whatever else can run does, since the other process may wait for that: on a GPU, too, streams are beside
 // each other.
+//
+// The virtual clock (clock.cc) follows the same rules: an operation begins when its stream has got to it, what it
+// waits for has ended and the host has enqueued it; a host that waits for one goes on when that has ended.
 #include <sched.h>
 #include <time.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <deque>
 
@@ -24,6 +28,8 @@ struct Operation {
     std::weak_ptr<EmuGraph> capture;               // the recording, while it lasts
     unsigned long number;                          // of all operations
     bool done;
+    double earliest, end; // by the virtual clock: not to begin before; has ended
+    const char* range;
 };
 typedef std::shared_ptr<Operation> OperationRef;
 
@@ -42,6 +48,8 @@ struct EmuStream {
     std::vector<OperationRef> pending_waits; // what the next operation runs after
     std::shared_ptr<EmuGraph> capture;       // NULL, or what records this stream
     OperationRef captured;                   // the stream's last node in it
+    int number;                              // in the order of creation
+    double time, waited;                     // when its last operation has ended; what was waited for
 };
 struct EmuEvent {
     bool timing;
@@ -49,9 +57,10 @@ struct EmuEvent {
     std::shared_ptr<double> time;
 };
 
-static EmuStream default_stream = {true, {}, {}, nullptr, nullptr};
+static EmuStream default_stream = {true, {}, {}, nullptr, nullptr, 0, 0, 0};
 static std::vector<EmuStream*> streams = {&default_stream};
 static unsigned long operations;
+static thread_local double host_time; // of each thread of its own
 
 static EmuStream* stream_of(cudaStream_t stream) {
     if (stream == NULL || stream == cudaStreamLegacy) return &default_stream;
@@ -62,6 +71,11 @@ static EmuStream* stream_of(cudaStream_t stream) {
 
 // ----------------------------------------------------------------------------
 // execution
+
+// The legacy default stream's rule.
+static bool ordered(const EmuStream* a, const EmuStream* b) {
+    return a != b && a->blocking && b->blocking && (a == &default_stream || b == &default_stream);
+}
 
 // The first operation that has to be done before this one, and in which stream; NULL if it can run.
 static bool blocked_by(EmuStream* stream, const OperationRef& op, EmuStream** where, OperationRef* what) {
@@ -75,18 +89,28 @@ static bool blocked_by(EmuStream* stream, const OperationRef& op, EmuStream** wh
                     }
     if (!stream->blocking) return false;
     for (EmuStream* s : streams) {
-        bool ordered = s != stream && s->blocking && (s == &default_stream || stream == &default_stream);
-        if (!ordered || s->queue.empty() || s->queue.front()->number > op->number) continue;
+        if (!ordered(s, stream) || s->queue.empty() || s->queue.front()->number > op->number) continue;
         *where = s, *what = s->queue.front();
         return true;
     }
     return false;
 }
 
+// By the virtual clock. Of streams that are ordered, what has a lower number has run, and nothing else.
+static double start_of(const EmuStream* stream, const OperationRef& op) {
+    double start = std::max(stream->time, op->earliest);
+    for (const OperationRef& other : op->after) start = std::max(start, other->end);
+    for (const EmuStream* s : streams)
+        if (ordered(s, stream)) start = std::max(start, s->time);
+    return start;
+}
+
 // False: it waits for another process.
 static bool run_front(EmuStream* stream) {
     OperationRef op = stream->queue.front();
+    emu_running = {start_of(stream, op), stream->number, op->range};
     if (op->work && !op->work()) return false;
+    op->end = stream->time = emu_running.now;
     op->done = true;
     op->work = nullptr;
     op->after.clear();
@@ -167,8 +191,13 @@ static void wait_for(EmuStream* stream, const OperationRef& op) {
 static void drain(EmuStream* stream) {
     if (!stream->queue.empty()) wait_for(stream, OperationRef(stream->queue.back()));
 }
+static void host_waited(double time) { host_time = std::max(host_time, time); }
+
 void emu_drain(void) {
-    for (size_t i = 0; i < streams.size(); i++) drain(streams[i]); // other threads may add some meanwhile
+    for (size_t i = 0; i < streams.size(); i++) { // other threads may add some meanwhile
+        drain(streams[i]);
+        host_waited(streams[i]->time);
+    }
 }
 
 // ----------------------------------------------------------------------------
@@ -200,7 +229,8 @@ static OperationRef append(EmuStream* stream, std::function<bool()> work, cudaEr
         *error = emu_error(cudaErrorStreamCaptureInvalidated);
     if (*error != cudaSuccess) return NULL;
     OperationRef op(new Operation{std::move(work), stream->pending_waits, stream->capture != nullptr,
-                                  stream->capture, ++operations, false});
+                                  stream->capture, ++operations, false, std::max(host_time, stream->waited),
+                                  0, emu_range()});
     stream->pending_waits.clear();
     if (stream->capture == nullptr) {
         stream->queue.push_back(op);
@@ -329,7 +359,8 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
     EmuLock lock;
     if (emu_need_device() != cudaSuccess) return cudaPeekAtLastError();
-    *stream = new EmuStream{(flags & cudaStreamNonBlocking) == 0, {}, {}, nullptr, nullptr};
+    static int number;
+    *stream = new EmuStream{(flags & cudaStreamNonBlocking) == 0, {}, {}, nullptr, nullptr, ++number, 0, 0};
     streams.push_back(*stream);
     return cudaSuccess;
 }
@@ -364,6 +395,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t handle) {
         if (append(stream, nullptr, &error) == nullptr) return error;
     }
     drain(stream);
+    host_waited(stream->time);
     return cudaSuccess;
 }
 
@@ -377,11 +409,13 @@ cudaError_t cudaDeviceSynchronize(void) {
 
 // A program that polls gets on: each question lets the device do one thing more.
 static cudaError_t query(EmuStream* stream, const OperationRef& op) {
-    if (op == nullptr || op->done) return cudaSuccess;
-    EmuStream *where = stream, *next;
-    OperationRef what;
-    while (blocked_by(where, where->queue.front(), &next, &what)) where = next;
-    run_front(where);
+    if (!op->done) {
+        EmuStream *where = stream, *next;
+        OperationRef what;
+        while (blocked_by(where, where->queue.front(), &next, &what)) where = next;
+        run_front(where);
+    }
+    if (op->done) host_waited(op->end);
     return op->done ? cudaSuccess : cudaErrorNotReady;
 }
 
@@ -390,7 +424,9 @@ cudaError_t cudaStreamQuery(cudaStream_t handle) {
     EmuStream* stream = stream_of(handle);
     if (stream == NULL) return emu_error(cudaErrorInvalidResourceHandle);
     if (stream->capture != nullptr) return invalidate(stream->capture, cudaErrorStreamCaptureUnsupported);
-    return query(stream, stream->queue.empty() ? nullptr : OperationRef(stream->queue.back()));
+    if (!stream->queue.empty()) return query(stream, OperationRef(stream->queue.back()));
+    host_waited(stream->time);
+    return cudaSuccess;
 }
 
 cudaError_t cudaLaunchHostFunc(cudaStream_t stream, cudaHostFn_t function, void* argument) {
@@ -436,7 +472,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t handle) {
     OperationRef op = append(
         stream,
         [time = event->time] {
-            *time = now();
+            *time = emu_clock()->on ? emu_running.now : now();
             return true;
         },
         &error);
@@ -458,14 +494,17 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event, unsigned
     } else if (stream->capture != nullptr) {
         return invalidate(stream->capture, cudaErrorStreamCaptureIsolation);
     }
-    if (!op->done) stream->pending_waits.push_back(op);
+    if (op->done)
+        stream->waited = std::max(stream->waited, op->end);
+    else
+        stream->pending_waits.push_back(op);
     return cudaSuccess;
 }
 
 cudaError_t cudaEventQuery(cudaEvent_t event) {
     EmuLock lock;
     if (event == NULL) return emu_error(cudaErrorInvalidResourceHandle);
-    if (event->recorded == nullptr || event->recorded->done) return cudaSuccess;
+    if (event->recorded == nullptr) return cudaSuccess;
     if (event->recorded->captured) return invalidate(event->recorded->capture.lock(), cudaErrorCapturedEvent);
     return query(stream_with(event->recorded), event->recorded);
 }
@@ -473,9 +512,11 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
     EmuLock lock;
     if (event == NULL) return emu_error(cudaErrorInvalidResourceHandle);
-    if (event->recorded == nullptr || event->recorded->done) return cudaSuccess;
+    if (event->recorded == nullptr) return cudaSuccess;
     if (event->recorded->captured) return invalidate(event->recorded->capture.lock(), cudaErrorCapturedEvent);
-    wait_for(stream_with(event->recorded), OperationRef(event->recorded));
+    OperationRef op = event->recorded;
+    if (!op->done) wait_for(stream_with(op), op);
+    host_waited(op->end);
     return cudaSuccess;
 }
 
