@@ -76,7 +76,7 @@ later waits.killed waits 137 3 plain killed hang
 later waits.missing waits 3 3 plain missing blocking
 lost+=(missing.plain missing.asan waits.killed waits.missing)
 
-cases="collectives messages split nonblocking streams crossed capture"
+cases="collectives messages split nonblocking streams crossed capture clock"
 for case in $cases traffic; do
     for n in 1 2 3 8; do check "$case of $n ranks" ranks $n plain "$case"; done
 done
@@ -141,6 +141,22 @@ traffic() {
     [ "$(find "$work" -name 'traffic.*' | wc -l)" -eq "$n" ]
 }
 for n in 1 2 3 8; do check "EMU_NCCL_TRAFFIC of $n ranks" traffic $n; done
+
+# same_clock N: each stream's lines, in its order, are those of the run before
+in_order() { sort -s -t $'\t' -k 3,3n "$work/$1"; }
+same_clock() {
+    local n=$1 r seed
+    for seed in 0 1 2 3; do EMU_SEED=$seed EMU_CLOCK_FILE=$work/clock$seed ranks "$n" plain clock || return 1; done
+    for ((r = 0; r < n; r++)); do
+        for seed in 1 2 3; do diff <(in_order clock0.$r) <(in_order clock$seed.$r) || return 1; done
+        grep -qxF $'0.000000000000\t0.005000000000\t1\tmemset\t' "$work/clock0.$r" || return 1
+    done
+}
+for n in 1 3; do check "the clock is the same in every drawn order, $n ranks" same_clock $n; done
+for text in "matmul" "matmul=" "matmul=0" "speed=1" "matmul=1e9;link=1" "link=1 "; do
+    EMU_CLOCK=$text check "EMU_CLOCK=$text is refused" expect 97 "^emu: EMU_CLOCK is $text; matmul=FLOP/s.* is wanted" \
+        ranks 1 plain streams
+done
 
 # dev/emu/launch itself
 launch() { dev/emu/launch "$@"; }
