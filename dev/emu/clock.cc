@@ -28,7 +28,7 @@ static EmuClock read_clock(void) {
                        : which == "link"    ? &clock.link
                        : which == "latency" ? &clock.latency
                                             : NULL;
-        if (rate == NULL || !(value > 0 || rate == &clock.latency) ||
+        if (rate == NULL || !(value > 0 || (value == 0 && rate == &clock.latency)) ||
             (at[length] != ',' && at[length] != '\0'))
             emu_report("EMU_CLOCK is %s; matmul=FLOP/s,copy=BYTES/s,link=BYTES/s,latency=SECONDS is wanted",
                        text);

@@ -5,9 +5,10 @@
 #
 #   dev/test/mutations.sh [FIRST [LAST]]     numbers of the list; all by default; `make mutations`
 #
-# The group "layouts" is the trainer itself, as several processes (dev/test/layouts_quick.sh). A line of the list: FILE <tab> TEST GROUP <tab> OLD TEXT <tab> NEW TEXT <tab> WHAT IT BREAKS, with \n for the end of a
-# line. OLD TEXT stands in FILE exactly once, so that a list that no longer fits the code is an error and not a mutation
-# that was not made.
+# The groups "layouts" and "overlap" are the trainer itself, as several processes (dev/test/layouts_quick.sh and
+# dev/test/e2e_overlap.sh: numbers, and time). A line of the list: FILE <tab> TEST GROUP <tab> OLD TEXT <tab> NEW TEXT
+# <tab> WHAT IT BREAKS, with \n for the end of a line. OLD TEXT stands in FILE exactly once, so that a list that no
+# longer fits the code is an error and not a mutation that was not made.
 set -u
 cd "$(dirname "$0")/../.."
 list=dev/test/mutations.txt first=${1:-1} last=${2:-$(grep -c . "$list")}
@@ -15,15 +16,17 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cp -r Makefile ./*.c ./*.cu llmc dev scripts configs "$work"
 for group in $(cut -f 2 "$list" | sort -u); do
-    [ "$group" != layouts ] || continue
+    [ "$group" != layouts ] && [ "$group" != overlap ] || continue
     [ "$group" != model ] || printf '#define TESTING\n#include "train_gpt.cu"\n' >"$work/$group.cu"
     printf '#include "dev/test/cuda_%s.cuh"\nint main(void) { test_%s(); return tap_finish(); }\n' "$group" "$group" \
         >>"$work/$group.cu"
 done
-make -s -C "$work" DNNL=0 build/reference.o build/reference32.o train_gpt_cpu corpus >/dev/null || exit 70
+make -s -C "$work" DNNL=0 build/reference.o build/reference32.o build/test/simulated_step train_gpt_cpu corpus >/dev/null || exit 70
 build() { # GROUP
-    if [ "$1" = layouts ]; then
-        cd "$work" && printf '#!/bin/sh\nexec dev/test/layouts_quick.sh\n' >mutant && chmod +x mutant &&
+    local script=dev/test/layouts_quick.sh
+    [ "$1" != overlap ] || script=dev/test/e2e_overlap.sh
+    if [ "$1" = layouts ] || [ "$1" = overlap ]; then
+        cd "$work" && printf '#!/bin/sh\nexec bash %s\n' $script >mutant && chmod +x mutant &&
             dev/emu/compile ./train_gpt_emu train_gpt.cu -O1 -march=native -fopenmp -w -DUSE_NCCL '-DVERSION="mutant"' \
                 -lcjson -lxxhash -lpcre2-8 -lz -lzstd
         return
