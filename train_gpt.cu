@@ -103,12 +103,17 @@ static const size_t LOGIT_BYTES = (size_t)512 << 20;
 // What one micro-batch leaves in a stage between its forward and its backward pass. A pipeline has several.
 typedef struct {
     LayerActivations* layers; // of the largest chunk
-    floatX *input, *lnf;      // (NS, C) (NS, C): what enters the first layer, what leaves the last norm
+    floatX* lnf;              // (NS, C): what leaves the last norm
     float *lnf_mean, *lnf_rstd;
-    int* batch;                 // (NUM_BATCH_ARRAYS, N)
-    cudaEvent_t received, read; // the input: has come, may be overwritten
-    cudaEvent_t sent;           // the output
+    int* batch;       // (NUM_BATCH_ARRAYS, N)
+    cudaEvent_t sent; // the output
 } Slot;
+
+// What enters the first layer of a chunk.
+typedef struct {
+    floatX* residual;           // (NS, C)
+    cudaEvent_t received, read; // has come; may be overwritten
+} Input;
 
 // State on its way to the host and back goes in pieces of this size.
 static const size_t STAGING_ELEMENTS = (size_t)8 << 20;
@@ -128,6 +133,7 @@ enum Link { ACTIVATIONS_IN, ACTIVATIONS_OUT, GRADIENTS_IN, GRADIENTS_OUT, NUM_LI
 // A forward or backward pass of a chunk: its layers among the stage's, and what else belongs to it.
 typedef struct {
     Slot* slot;
+    Input* input;
     int first, end; // layers [first, end) of this stage
     bool embedding, head, last_micro_batch;
     bool weights_later; // a backward pass that leaves the gradients of the layers' matrices to another one
@@ -152,7 +158,8 @@ struct GPT {
     Window windows[NUM_WINDOWS];
     void* ordered; // deterministic: all ranks' parts of a slice
     Slot* slots;
-    int num_slots;
+    Input* inputs;
+    int num_slots, num_inputs;
     float *all_losses, *losses; // (cp, N) (N): of the ranks that share sequences; the part of this one
     float *rope_cos, *rope_sin; // (maxT, HS / 2), NULL with learned positions
     bool document_mask;
@@ -288,10 +295,10 @@ static int chunk_size(const GPT* g) {
 
 static void lay_out_activations(GPT* g, Arena* arena, bool training) {
     size_t NS = shard_rows(g), C = model_dim(&g->config, DIM_HIDDEN);
+    for (int i = 0; i < g->num_inputs; i++) arena_take(&g->inputs[i].residual, arena, NS * C);
     for (int i = 0; i < g->num_slots; i++) {
         Slot* slot = &g->slots[i];
         arena_take(&slot->batch, arena, NUM_BATCH_ARRAYS * rows_of(g));
-        arena_take(&slot->input, arena, NS * C);
         for (int l = 0; l < chunk_size(g); l++) lay_out_layer(g, slot, l, arena, training);
         if (!has_head(&g->place)) continue;
         arena_take(&slot->lnf, arena, NS * C);
@@ -456,16 +463,17 @@ static void gpt_configure(GPT* g, const RunConfig* run, int B, int T, bool train
     g->split_master = !weights_are_master;
     g->gradients_bf16 = run->precision.gradients == STORE_BF16;
     g->moments_bf16 = run->precision.moments == STORE_BF16;
-    g->num_slots = 1;
+    g->num_slots = g->num_inputs = 1;
     if (training) {
         int micro_batches =
             run->batch.global_batch_size / run->batch.micro_batch_size / num_replicas(&g->place);
         g->list_micro_batches = micro_batches > 0 ? micro_batches : 1;
         g->list = pass_list(g, g->list_micro_batches);
-        g->num_slots = g->list.num_slots;
+        g->num_slots = g->list.num_slots, g->num_inputs = g->list.num_inputs;
         g->split_backward = run->parallel.pipeline_schedule == PIPELINE_ZERO_BUBBLE;
     }
     g->slots = (Slot*)calloc_check((size_t)g->num_slots, sizeof *g->slots);
+    g->inputs = (Input*)calloc_check((size_t)g->num_inputs, sizeof *g->inputs);
     for (int i = 0; i < g->num_slots; i++)
         g->slots[i].layers = (LayerActivations*)calloc_check((size_t)chunk_size(g), sizeof(LayerActivations));
 }
@@ -473,7 +481,7 @@ static void gpt_configure(GPT* g, const RunConfig* run, int B, int T, bool train
 // What gpt_configure took.
 static void gpt_release(GPT* g) {
     for (int i = 0; i < g->num_slots; i++) free(g->slots[i].layers);
-    free(g->slots), free(g->list.ops), free(g->tables), free(g->weights_ready);
+    free(g->slots), free(g->inputs), free(g->list.ops), free(g->tables), free(g->weights_ready);
 }
 
 // The exact size of each class in bytes, without allocating any of it.
@@ -698,7 +706,7 @@ static LayerActivations* activations_of(const Pass* pass, int l) {
 
 // The residual stream that enters layer l (l = end: that leaves the last one).
 static floatX* residual_into(const Pass* pass, int l) {
-    return l == pass->first ? pass->slot->input : activations_of(pass, l - 1)->residual3;
+    return l == pass->first ? pass->input->residual : activations_of(pass, l - 1)->residual3;
 }
 
 // The norm that reads the residual stream before layer l: the layer's first; the last of all behind the last layer of
@@ -778,7 +786,7 @@ static void block_forward(GPT* g, const Pass* pass, int l, int B) {
     nvtxRangePop();
 }
 
-// The first chunk: the batch's tokens; the others: what the chunk before sent, in slot->input. The last chunk leaves
+// The first chunk: the batch's tokens; the others: what the chunk before sent. The last chunk leaves
 // lnf (NS, C), which the head reads; the others the residual stream.
 static void chunk_forward(GPT* g, const Pass* pass, int B) {
     const ModelConfig* c = &g->config;
@@ -788,7 +796,7 @@ static void chunk_forward(GPT* g, const Pass* pass, int B) {
     if (pass->embedding) {
         use_weights(g, 0, 1 + pass->first);
         Parameters<floatX> p = weights_of(g, pass->first);
-        tp_scatter(&g->tp, slot->input, g->tp.buffer[1], N, C, [&](int row, int, floatX* out) {
+        tp_scatter(&g->tp, pass->input->residual, g->tp.buffer[1], N, C, [&](int row, int, floatX* out) {
             if (row > 0) return; // all of it at once
             embedding_forward(out, batch_array(g, slot, BATCH_INPUTS), p.wte, p.wpe, g->positions, B, T, C,
                               g->stream);
@@ -796,7 +804,7 @@ static void chunk_forward(GPT* g, const Pass* pass, int B) {
     }
     use_weights(g, 1 + pass->first, 2 + pass->first);
     Norm first = norm_before(g, pass, pass->first);
-    norm_forward(first.out, first.mean, first.rstd, slot->input, first.weight, first.bias, NS, C,
+    norm_forward(first.out, first.mean, first.rstd, pass->input->residual, first.weight, first.bias, NS, C,
                  (float)c->norm_eps, c->family->norm, g->stream);
     for (int l = pass->first; l < pass->end; l++) block_forward(g, pass, l, B);
 }
@@ -1010,7 +1018,7 @@ static Pass pass_of(GPT* g, const PipelineOp* op, int micro_batches) {
     int global;
     chunk_layers(&g->place, &g->run->model, op->chunk, &pass.first, &pass.end, &global);
     int stage = virtual_stage(&g->place, op->chunk);
-    pass.slot = &g->slots[op->slot];
+    pass.slot = &g->slots[op->slot], pass.input = &g->inputs[op->input];
     pass.embedding = stage == 0, pass.head = stage == num_virtual_stages(&g->place) - 1;
     pass.last_micro_batch = op->micro_batch == micro_batches - 1;
     pass.weights_later = op->kind == PIPELINE_BACKWARD_INPUT;
@@ -1028,8 +1036,8 @@ static void forward_pass(GPT* g, const Pass* pass, const int* batch, int B) {
     int before = stage_before(g), after = stage_after(g);
     upload_batch(g, slot, batch);
     if (!pass->embedding)
-        receive_from(g, ACTIVATIONS_IN, slot->input, link_axis(g, AXIS_FORWARD, before), before, n,
-                     slot->read, slot->received);
+        receive_from(g, ACTIVATIONS_IN, pass->input->residual, link_axis(g, AXIS_FORWARD, before), before, n,
+                     pass->input->read, pass->input->received);
     if (!pass->head) CUDA_CHECK(cudaStreamWaitEvent(g->stream, slot->sent, 0));
     chunk_forward(g, pass, B);
     if (pass->head) return;
@@ -1048,7 +1056,7 @@ template <typename Grad> static void backward_pass(GPT* g, const Pass* pass) {
                      g->gradient_free[turn], g->gradient_received[turn]);
     if (!pass->head) CUDA_CHECK(cudaStreamWaitEvent(g->stream, pass->slot->sent, 0));
     chunk_backward<Grad>(g, pass, g->B);
-    CUDA_CHECK(cudaEventRecord(pass->slot->read, g->stream));
+    CUDA_CHECK(cudaEventRecord(pass->input->read, g->stream));
     if (!pass->embedding)
         send_to(g, GRADIENTS_OUT, g->dresidual, link_axis(g, AXIS_BACKWARD, before), before, n);
     CUDA_CHECK(
@@ -1074,7 +1082,7 @@ template <typename Grad> static void run_pass(GPT* g, const PipelineOp* op, cons
 
 // Forward, loss and backward of the micro-batch in the first slot: all of a step's passes where there is one stage.
 template <typename Grad> static void micro_step_launch(GPT* g, bool last_micro_batch) {
-    const PipelineOp op = {PIPELINE_FORWARD, 0, 0, 0};
+    const PipelineOp op = {PIPELINE_FORWARD, 0, 0, 0, 0};
     Pass pass = pass_of(g, &op, 1);
     pass.last_micro_batch = last_micro_batch;
     chunk_forward(g, &pass, g->B);
@@ -1116,7 +1124,7 @@ static void run_passes(GPT* g) {
         free(g->list.ops);
         g->list_micro_batches = g->step_micro_batches;
         g->list = pass_list(g, g->step_micro_batches);
-        CHECK(g->list.num_slots <= g->num_slots);
+        CHECK(g->list.num_slots <= g->num_slots && g->list.num_inputs <= g->num_inputs);
     }
     for (int i = 0; i < g->list.count; i++) {
         const PipelineOp* op = &g->list.ops[i];
@@ -1237,10 +1245,10 @@ const float* gpt_losses(GPT* g, const int32_t* rows, int num_rows, bool document
     size_t N = rows_of(g), ranks = (size_t)g->place.cp_size;
     fill_batch(g, g->eval_batch, rows, num_rows, document_mask, eot_id);
     for (int chunk = 0; chunk < g->place.num_chunks; chunk++) {
-        const PipelineOp op = {PIPELINE_FORWARD, 0, chunk, 0};
+        const PipelineOp op = {PIPELINE_FORWARD, 0, chunk, 0, 0};
         Pass pass = pass_of(g, &op, 1);
         forward_pass(g, &pass, g->eval_batch, num_rows);
-        CUDA_CHECK(cudaEventRecord(pass.slot->read, g->stream));
+        CUDA_CHECK(cudaEventRecord(pass.input->read, g->stream));
         if (!pass.head) continue;
         gpt_loss(g, pass.slot, (float*)NULL, num_rows);
         comm_all_gather(&g->comm, AXIS_CP, g->all_losses, g->losses, N, g->stream);
@@ -1335,10 +1343,9 @@ static void for_events(GPT* g, bool create) {
     for (int b = 0; b < num_buckets(g); b++) for_event(&g->weights_ready[b], create);
     for (int i = 0; i < 2; i++)
         for_event(&g->gradient_received[i], create), for_event(&g->gradient_free[i], create);
-    for (int i = 0; i < g->num_slots; i++) {
-        Slot* slot = &g->slots[i];
-        for_event(&slot->received, create), for_event(&slot->sent, create), for_event(&slot->read, create);
-    }
+    for (int i = 0; i < g->num_slots; i++) for_event(&g->slots[i].sent, create);
+    for (int i = 0; i < g->num_inputs; i++)
+        for_event(&g->inputs[i].received, create), for_event(&g->inputs[i].read, create);
     for (int w = 0; w < NUM_WINDOWS; w++) {
         Window* window = &g->windows[w];
         window->holds = -1;

@@ -33,12 +33,13 @@ enum PipelineOpKind {
 typedef struct {
     int kind, micro_batch, chunk; // kind: a PipelineOpKind
     int slot;                     // the activation buffer that the micro-batch has in this chunk
+    int input; // the buffer of what enters the chunk, from the forward to the input's gradient
 } PipelineOp;
 
 typedef struct {
     PipelineOp* ops; // free() releases them
     int count;
-    int num_slots; // activation buffers that the stage needs
+    int num_slots, num_inputs; // buffers that the stage needs
 } PipelineList;
 
 typedef struct {
@@ -102,7 +103,7 @@ static inline int pipeline_warm_up(int schedule, int num_stages, int stage, int 
 // The k-th forward (or, with chunks counted from the last, backward) of every stage: as many micro-batches as
 // there are stages go through chunk 0, then the same ones through chunk 1, and so on; then the next group.
 static inline PipelineOp pipeline_nth(int kind, int k, int num_stages, int num_chunks) {
-    PipelineOp op = {kind, k, 0, 0};
+    PipelineOp op = {kind, k, 0, 0, 0};
     if (num_chunks > 1) {
         int group = k / (num_stages * num_chunks);
         op.micro_batch = group * num_stages + k % num_stages;
@@ -133,6 +134,26 @@ static inline void pipeline_allot_slots(PipelineList* list, int num_chunks, int 
     free(taken);
 }
 
+// Inputs are small beside activations: there is one buffer more than slots, and the one that has been free longest is
+// taken, so that the next input arrives while the stage is still at work on this one.
+static inline void pipeline_allot_inputs(PipelineList* list, int num_stages, int num_chunks,
+                                         int num_micro_batches) {
+    int n = list->num_inputs = list->num_slots + (num_stages > 1), taken = 0, returned = 0;
+    int* queue = (int*)malloc_check((size_t)n * sizeof *queue); // of free ones, around
+    int* inputs = (int*)calloc_check((size_t)(num_chunks * num_micro_batches), sizeof *inputs);
+    for (int i = 0; i < n; i++) queue[i] = i;
+    for (int i = 0; i < list->count; i++) {
+        PipelineOp* op = &list->ops[i];
+        int* input = &inputs[op->chunk * num_micro_batches + op->micro_batch];
+        if (op->kind == PIPELINE_FORWARD) *input = queue[taken++ % n];
+        op->input = *input;
+        if (op->kind == PIPELINE_BACKWARD || op->kind == PIPELINE_BACKWARD_INPUT)
+            queue[returned++ % n] = *input;
+    }
+    free(queue);
+    free(inputs);
+}
+
 // What one stage does in a step. The numbers must have passed pipeline_check; the caller frees .ops.
 static inline PipelineList pipeline_list(int schedule, int num_stages, int stage, int num_chunks,
                                          int num_micro_batches) {
@@ -142,7 +163,7 @@ static inline PipelineList pipeline_list(int schedule, int num_stages, int stage
     bool split = schedule == PIPELINE_ZERO_BUBBLE;
     int total = num_chunks * num_micro_batches, forwards = 0, backwards = 0, weights = 0;
     int warm_up = pipeline_warm_up(schedule, num_stages, stage, num_chunks, num_micro_batches);
-    PipelineList list = {NULL, 0, 0};
+    PipelineList list = {NULL, 0, 0, 0};
     list.ops = (PipelineOp*)malloc_check((size_t)total * (split ? 3 : 2) * sizeof *list.ops);
     while (forwards < warm_up)
         list.ops[list.count++] = pipeline_nth(PIPELINE_FORWARD, forwards++, num_stages, num_chunks);
@@ -158,6 +179,7 @@ static inline PipelineList pipeline_list(int schedule, int num_stages, int stage
     while (split && weights < total)
         list.ops[list.count++] = pipeline_nth(PIPELINE_BACKWARD_WEIGHT, weights++, num_stages, num_chunks);
     pipeline_allot_slots(&list, num_chunks, num_micro_batches);
+    pipeline_allot_inputs(&list, num_stages, num_chunks, num_micro_batches);
     return list;
 }
 

@@ -12,10 +12,8 @@ export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 flops=1e12 link=12e9 latency=1e-7
 layers=6 rows=128 channels=128
 
-cat llmc/*.h >"$work/text.txt"
-./corpus bpe --vocab-size 512 --special '<|endoftext|>' --out "$work/tokenizer.json" "$work/text.txt" >/dev/null
-./corpus encode --tokenizer "$work/tokenizer.json" --out-dir "$work/data" --val-fraction 0 "$work/text.txt" >/dev/null
-settings=("data.train=$work/data/train_*.bin" data.validation= data.tokenizer= eval.every=0 schedule.max_steps=3
+. dev/test/small_corpus.sh
+settings=("${data[0]}" data.validation= data.tokenizer= eval.every=0 schedule.max_steps=3
     schedule.warmup_steps=1 model.num_hidden_layers=$layers model.hidden_size=$channels model.intermediate_size=352
     batch.sequence_length=8 batch.micro_batch_size=$((rows / 8)))
 
@@ -29,12 +27,11 @@ train() {
 timeline() { # COMMAND NAME RANKS ...
     python3 dev/test/timeline.py "$1" "$work/$2" "${@:3}" || { python3 dev/test/timeline.py show "$work/$2" "$3" && return 1; }
 }
-# The step takes as long as llmc/layout_plan.h simulates, and MORE messages: simulated NAME RANKS MORE [KEY=VALUE ...]
-simulated() {
-    local name=$1 ranks=$2 more=$3 seconds
-    shift 3
+# The step takes as long as llmc/layout_plan.h simulates.
+simulated() { # NAME RANKS [KEY=VALUE ...]
+    local name=$1 ranks=$2 seconds
+    shift 2
     seconds=$(build/test/simulated_step $flops $link $latency "$ranks" configs/tiny_llama.json "${settings[@]}" "$@") || return 1
-    seconds=$(python3 -c "print($seconds + $more * ($rows * $channels * 2 / $link + $latency))")
     timeline seconds "$name" "$ranks" "$seconds" 0.002
 }
 
@@ -49,7 +46,7 @@ for z in 1 2 3; do
         timeline hidden $name 4 ncclReduceScatter block_backward $((passes * layers)) :-1 0.99 1
     check "$name: the first sum is, too, which is the head's" \
         timeline hidden $name 4 ncclReduceScatter step $((passes * 2)) :-1 0.99 1
-    check "$name: a step takes as long as simulated" simulated $name 4 0 "${more[@]}"
+    check "$name: a step takes as long as simulated" simulated $name 4 "${more[@]}"
 done
 for z in 1 2; do
     check "zero$z: new weights come beside the next step's forward pass, but the first two buckets" \
@@ -68,18 +65,26 @@ more=(parallel.tensor_parallel_size=2 batch.global_batch_size=$((rows / 8)))
 check "tp 2" train tp2 2 "${more[@]}"
 check "tp2: half of a forward pass's is hidden" timeline together tp2 2 block_forward 0.499 0.501
 check "tp2: five sixths of a backward pass's" timeline together tp2 2 block_backward 0.832 0.835
-check "tp2: a step takes as long as simulated" simulated tp2 2 0 "${more[@]}"
+check "tp2: a step takes as long as simulated" simulated tp2 2 "${more[@]}"
 
-# Four micro-batches. With all forward passes first, only the last message of each direction is waited for. With 1F1B
-# the last stage has one slot: the next input comes when the backward pass has read this one, and every message is
-# waited for, which the simulation does not know.
+# Four micro-batches: only the first messages and the last ones are waited for, whatever the schedule.
 more=(parallel.pipeline_parallel_size=2 batch.global_batch_size=$((4 * rows / 8)))
 check "pp 2" train pp2 2 "${more[@]}"
-check "pp2: a step takes as long as simulated, and three messages" simulated pp2 2 3 "${more[@]}"
-more+=(parallel.pipeline_schedule=afab)
-check "pp 2, all forward passes first" train afab 2 "${more[@]}"
+check "pp2: a step takes as long as simulated" simulated pp2 2 "${more[@]}"
+check "pp 2, all forward passes first" train afab 2 "${more[@]}" parallel.pipeline_schedule=afab
 check "afab: messages, but the last, are hidden" timeline hidden afab 2 ncclSend step 4 :-1 0.99 1
-check "afab: a step takes as long as simulated" simulated afab 2 0 "${more[@]}"
+check "afab: a step takes as long as simulated" simulated afab 2 "${more[@]}" parallel.pipeline_schedule=afab
+check "pp 2, zero bubble" train zb 2 "${more[@]}" parallel.pipeline_schedule=zero_bubble
+check "zb: a step takes as long as simulated" simulated zb 2 "${more[@]}" parallel.pipeline_schedule=zero_bubble
+faster() { [ "$(timeline step "$2" 2)" \< "$(timeline step "$1" 2)" ]; }
+check "a step is shorter with zero bubble" faster pp2 zb
+
+# Keys and values of the other rank: the backward pass has them beside the MLP's matmuls, and the last layer's still.
+more=(parallel.context_parallel_size=2 batch.global_batch_size=$((rows / 8)))
+check "cp 2" train cp2 2 "${more[@]}"
+check "cp2: gathered beside the backward pass" \
+    timeline hidden cp2 2 ncclAllGather block_backward $((layers - 1)) : 0.99 1
+check "cp2: a step takes as long as simulated" simulated cp2 2 "${more[@]}"
 
 # The clock is the program's, whatever order the emulator runs things in.
 in_order() { sort -s -t $'\t' -k 3,3n "$work/$1"; }

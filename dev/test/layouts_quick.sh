@@ -16,6 +16,6 @@ quick() { # SEED CONFIG LAYOUTS [KEY=VALUE ...]
     rm -rf "$work/run"
 }
 quick 1 tiny_llama dp2z0,dp2,dp2z2,dp2z3,tp4,pp3,pp2vp2,dp2tp2pp2 model.num_hidden_layers=4 batch.recompute=block
-quick 6 tiny_llama dp2tp2pp2zb,pp4zb model.num_hidden_layers=4
+quick 6 tiny_llama dp2tp2pp2zb,pp4zb,cp2,dp2cp2,cp2pp3 model.num_hidden_layers=4 data.document_mask=true
 quick 2 tiny_gpt2 dp2z3,tp2,tp2pp2,pp3afab,dp2tp2z2 model.n_layer=4
 for seed in 3 4 5; do quick $seed tiny_gpt2 dp2,dp2tp2,dp2pp2z3,tp4,pp4 model.n_layer=5; done

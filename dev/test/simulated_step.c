@@ -12,10 +12,10 @@ int main(int argc, char** argv) {
     if (err.code != 0 || !config_load(&run, argv[5], argc - 6, argv + 6, &err) ||
         !layout_resolve(&run, 0, atoi(argv[4]), &err))
         exit_with(&err);
-    // as many rows in sequences of one token leave next to nothing of attention
-    run.batch.micro_batch_size *= run.batch.sequence_length,
-        run.batch.global_batch_size *= run.batch.sequence_length;
-    run.batch.sequence_length = 1;
+    // as many rows in sequences of one token for each rank leave next to nothing of attention
+    int cp = run.layout.cp_size, tokens = run.batch.sequence_length / cp;
+    run.batch.micro_batch_size *= tokens, run.batch.global_batch_size *= tokens;
+    run.batch.sequence_length = cp;
     double link = atof(argv[2]);
     LayoutRates rates = {atof(argv[1]), INFINITY, link, link, atof(argv[3]), run.layout.size, false};
     printf("%.9g\n", layout_cost(&run, &run.layout, rates).seconds);

@@ -33,7 +33,7 @@ static void for_each_pipeline(void (*test)(const Pipeline*)) {
                     bool can_run = P == 1 || V == 1 || (schedule == PIPELINE_INTERLEAVED && M % P == 0);
                     assert_int_equal(pipeline_check(schedule, P, V, M, P * V, &err), can_run);
                     if (!can_run) continue;
-                    Pipeline pipeline = {schedule, P, V, M, {{NULL, 0, 0}}};
+                    Pipeline pipeline = {schedule, P, V, M, {{NULL, 0, 0, 0}}};
                     make_lists(&pipeline);
                     test(&pipeline);
                     free_lists(&pipeline);
@@ -157,6 +157,30 @@ static void check_slots(const Pipeline* pipeline) {
     }
 }
 
+// Micro-batches have inputs of their own until the gradient is there, and the next one's is another than that which was
+// in use last: it can come beside that work.
+static void check_inputs(const Pipeline* pipeline) {
+    for (int p = 0; p < pipeline->P; p++) {
+        const PipelineList* list = &pipeline->lists[p];
+        int owner[MAX_OPS], freed = -1;
+        for (int k = 0; k < MAX_OPS; k++) owner[k] = -1;
+        assert_int_equal(list->num_inputs, list->num_slots + (pipeline->P > 1));
+        for (int i = 0; i < list->count; i++) {
+            const PipelineOp* op = &list->ops[i];
+            int key = op->chunk * pipeline->M + op->micro_batch;
+            bool forward = op->kind == PIPELINE_FORWARD;
+            assert_in_range(op->input, 0, list->num_inputs - 1);
+            if (op->kind != PIPELINE_BACKWARD_WEIGHT && owner[op->input] != (forward ? -1 : key))
+                FAIL_AT(pipeline, "stage %d, operation %d: input %d is another's", p, i, op->input);
+            if (forward && pipeline->P > 1 && op->input == freed)
+                FAIL_AT(pipeline, "stage %d, operation %d waits for input %d", p, i, op->input);
+            if (forward) owner[op->input] = key;
+            if (op->kind == PIPELINE_BACKWARD || op->kind == PIPELINE_BACKWARD_INPUT)
+                owner[op->input] = -1, freed = op->input;
+        }
+    }
+}
+
 enum { ACTIVATIONS, GRADIENTS, BOTH };
 
 // What stage p sends (or, with receives, receives) of activations, gradients or both, as virtual stage of the
@@ -204,6 +228,11 @@ static void each_operation_is_there_once(void** state) {
 static void slots_are_not_shared(void** state) {
     (void)state;
     for_each_pipeline(check_slots);
+}
+
+static void inputs_come_ahead(void** state) {
+    (void)state;
+    for_each_pipeline(check_inputs);
 }
 
 static void links_keep_the_order(void** state) {
@@ -338,7 +367,7 @@ static void check_blocking(const Pipeline* pipeline) {
 static void sends_may_block(void** state) {
     (void)state;
     for_each_pipeline(check_blocking);
-    Pipeline chunks = {PIPELINE_INTERLEAVED, 2, 2, 4, {{NULL, 0, 0}}};
+    Pipeline chunks = {PIPELINE_INTERLEAVED, 2, 2, 4, {{NULL, 0, 0, 0}}};
     make_lists(&chunks);
     assert_false(runs_to_the_end(&chunks, BLOCKING)); // what pipeline.h warns of
     free_lists(&chunks);
@@ -348,7 +377,7 @@ static void sends_may_block(void** state) {
 static void deadlocks_are_found(void** state) {
     (void)state;
     PipelineCosts costs = {1, 1, 1, 0};
-    Pipeline pipeline = {PIPELINE_1F1B, 2, 1, 2, {{NULL, 0, 0}}};
+    Pipeline pipeline = {PIPELINE_1F1B, 2, 1, 2, {{NULL, 0, 0, 0}}};
     make_lists(&pipeline);
     PipelineTime time = pipeline_simulate_lists(pipeline.lists, 2, 1, 2, costs, NULL);
     assert_true(time.seconds == 9);
@@ -497,6 +526,7 @@ int main(void) {
         cmocka_unit_test(lists_are_those_of_the_papers),
         cmocka_unit_test(each_operation_is_there_once),
         cmocka_unit_test(slots_are_not_shared),
+        cmocka_unit_test(inputs_come_ahead),
         cmocka_unit_test(links_keep_the_order),
         cmocka_unit_test(sends_may_block),
         cmocka_unit_test(deadlocks_are_found),

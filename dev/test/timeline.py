@@ -7,6 +7,7 @@ the same rank runs.
                                                           COUNT such operations a rank; those in SLICE each hide LOW to HIGH
     timeline.py together PATH RANKS RANGE LOW HIGH        of the time of a range's gathers and scatters so much is hidden
     timeline.py seconds PATH RANKS SECONDS TOLERANCE      of the step
+    timeline.py step PATH RANKS                           its seconds, of the first rank
 """
 import collections
 import sys
@@ -74,5 +75,10 @@ def check_seconds(path, ranks, seconds, tolerance):
         expect(f"rank {rank}, seconds over {seconds} - 1", (last - first) / float(seconds) - 1, "-" + tolerance, tolerance)
 
 
-commands = {"show": show, "hidden": check_hidden, "together": check_together, "seconds": check_seconds}
+def step(path, ranks):
+    _, first, last, _ = next(read(path, ranks))
+    print(f"{last - first:.9f}")
+
+
+commands = {"show": show, "step": step, "hidden": check_hidden, "together": check_together, "seconds": check_seconds}
 commands[sys.argv[1]](sys.argv[2], int(sys.argv[3]), *sys.argv[4:])
