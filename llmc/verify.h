@@ -15,7 +15,11 @@
 #include <spawn.h>
 #include <sys/wait.h>
 
-enum { VERIFY_STEPS = 20, VERIFY_LAYOUTS_MAX = 64, VERIFY_NAME = 64 };
+enum {
+    VERIFY_STEPS = 20, // or schedule.max_steps, if that is less
+    VERIFY_LAYOUTS_MAX = 64,
+    VERIFY_NAME = 64
+};
 
 // A layout as it is written: dp2tp2pp2, and what may follow: z0..z3, vp2, afab, zb, det.
 typedef struct {
@@ -91,7 +95,8 @@ static inline void verify_shrink(RunConfig* run, const VerifyLayout* layouts, in
     run->batch.sequence_length = verify_sequence_length(run->batch.sequence_length, layouts, count);
     run->batch.micro_batch_size = 1;
     run->batch.global_batch_size = 2 * ranks;
-    run->schedule.max_steps = VERIFY_STEPS, run->schedule.warmup_steps = 0;
+    if (run->schedule.max_steps > VERIFY_STEPS) run->schedule.max_steps = VERIFY_STEPS;
+    run->schedule.warmup_steps = 0;
     run->schedule.decay_fraction = 0;
     // Small steps, or training enlarges rounding until layouts cannot be told from mistakes; rounding noise in a
     // gradient of zero must not become a whole step either.
@@ -164,25 +169,26 @@ typedef struct {
     double losses[VERIFY_STEPS], grad_norm; // of every step; of the first
 } VerifyResult;
 
-static inline bool verify_read_log(VerifyResult* out, const char* run_dir, Error* err) {
+static inline bool verify_read_log(VerifyResult* out, const RunConfig* run, Error* err) {
     char path[PATH_MAX];
+    int steps = run->schedule.max_steps;
     size_t size;
-    if (!path_join(path, run_dir, "log.jsonl", err)) return false;
+    if (!path_join(path, run->log.run_dir, "log.jsonl", err)) return false;
     char* text = read_file(path, (size_t)1 << 24, &size, err);
     char *rest = text, *line;
     int found = 0;
     while (rest != NULL && (line = strsep(&rest, "\n")) != NULL) {
         cJSON* json = cJSON_Parse(line);
         const cJSON* event = cJSON_GetObjectItem(json, "event");
-        if (cJSON_IsString(event) && strcmp(event->valuestring, "step") == 0 && found < VERIFY_STEPS) {
+        if (cJSON_IsString(event) && strcmp(event->valuestring, "step") == 0 && found < steps) {
             out->losses[found] = cJSON_GetNumberValue(cJSON_GetObjectItem(json, "loss"));
             if (found++ == 0) out->grad_norm = cJSON_GetNumberValue(cJSON_GetObjectItem(json, "grad_norm"));
         }
         cJSON_Delete(json);
     }
     free(text);
-    return text != NULL && (found == VERIFY_STEPS ||
-                            fail(err, EXIT_BAD_DATA, "%s holds %d steps of %d", path, found, VERIFY_STEPS));
+    return text != NULL &&
+           (found == steps || fail(err, EXIT_BAD_DATA, "%s holds %d steps of %d", path, found, steps));
 }
 
 static inline bool verify_read(VerifyResult* out, const RunConfig* run, Error* err) {
@@ -199,11 +205,11 @@ static inline bool verify_read(VerifyResult* out, const RunConfig* run, Error* e
         data.model = &run->model;
         data.params = last ? out->weights : out->start, data.m = last ? scratch : out->gradients;
         data.v = scratch + n;
-        ok = step_path(path, checkpoints, last ? VERIFY_STEPS : 1, "", err) &&
+        ok = step_path(path, checkpoints, last ? run->schedule.max_steps : 1, "", err) &&
              checkpoint_load(path, &data, err);
     }
     free(scratch);
-    return ok && verify_read_log(out, run->log.run_dir, err);
+    return ok && verify_read_log(out, run, err);
 }
 
 static inline void verify_free(VerifyResult* r) { free(r->gradients), free(r->start), free(r->weights); }
@@ -287,7 +293,8 @@ static inline void verify_number(VerifyVerdict* verdict, const char* what, int s
 }
 
 // Gradients may differ besides by what a sum in another order changes in fp32; trained weights by a twentieth of the
-// way that training took them, since it enlarges what they began to differ by.
+// way that training took them, since it enlarges what they began to differ by, and one element may have gone the other
+// way, since AdamW's steps are as long where a gradient is next to zero.
 static inline VerifyVerdict verify_compare(const RunConfig* run, const VerifyResult* ours,
                                            const VerifyResult* plain, const VerifyResult* truth) {
     const ModelConfig* c = &run->model;
@@ -301,13 +308,13 @@ static inline VerifyVerdict verify_compare(const RunConfig* run, const VerifyRes
             tensor_name(name, (enum TensorId)i, l);
             verify_error(truth->start + at, truth->weights + at, n, &way, &size);
             verify_tensor(&verdict, "trained ", name, ours->weights + at, plain->weights + at,
-                          truth->weights + at, n, 0.05 * way);
+                          truth->weights + at, n, (0.05 + 2 / sqrt((double)n)) * way);
             verify_error(plain->gradients + at, truth->gradients + at, n, &way, &size);
             verify_tensor(&verdict, "", name, ours->gradients + at, plain->gradients + at,
                           truth->gradients + at, n, 1e-6 * size);
         }
     verify_number(&verdict, "norm", 1, ours->grad_norm, plain->grad_norm, truth->grad_norm);
-    for (int s = 0; s < VERIFY_STEPS; s++) {
+    for (int s = 0; s < run->schedule.max_steps; s++) {
         verdict.bitwise = verdict.bitwise && ours->losses[s] == plain->losses[s];
         verify_number(&verdict, "loss", s + 1, ours->losses[s], plain->losses[s], truth->losses[s]);
     }
@@ -363,8 +370,8 @@ static inline bool verify_layouts(RunConfig* run, const char* list, const char* 
     if (ok)
         printf("%-20s %12s %12s  %-18s %-24s\n%-20s %12.6f %12.6f\n%-20s %12.6f %12.6f\n", "layout",
                "last loss", "first norm", "largest error", "of", "cpu reference",
-               truth.losses[VERIFY_STEPS - 1], truth.grad_norm, "one process", plain.losses[VERIFY_STEPS - 1],
-               plain.grad_norm);
+               truth.losses[run->schedule.max_steps - 1], truth.grad_norm, "one process",
+               plain.losses[run->schedule.max_steps - 1], plain.grad_norm);
     for (int i = 0; ok && i < count; i++) {
         VerifyResult ours = {NULL, NULL, NULL, {0}, 0};
         Error why = {0, {0}};
@@ -375,8 +382,8 @@ static inline bool verify_layouts(RunConfig* run, const char* list, const char* 
         failed += !passed;
         if (ran)
             printf("%-20s %12.6f %12.6f  %5.2f of allowed   %-24s %s%s\n", layouts[i].name,
-                   ours.losses[VERIFY_STEPS - 1], ours.grad_norm, v.ratio, v.worst, passed ? "pass" : "FAIL",
-                   v.bitwise ? ", equal to the bit" : "");
+                   ours.losses[run->schedule.max_steps - 1], ours.grad_norm, v.ratio, v.worst,
+                   passed ? "pass" : "FAIL", v.bitwise ? ", equal to the bit" : "");
         else
             printf("%-20s FAIL: %s\n", layouts[i].name, why.text);
         fflush(stdout);

@@ -12,7 +12,7 @@ quick() { # SEED CONFIG LAYOUTS [KEY=VALUE ...]
     local seed=$1 config=$2 layouts=$3
     shift 3
     EMU_SEED=$seed ./train_gpt_emu verify "configs/$config.json" "$layouts" "data.train=$work/data/train_*.bin" \
-        log.run_dir="$work/run" parallel.start_timeout=30 "$@"
+        log.run_dir="$work/run" parallel.start_timeout=30 schedule.max_steps=4 "$@"
     rm -rf "$work/run"
 }
 quick 1 tiny_llama dp2z0,dp2,dp2z2,dp2z3,tp4,pp3,pp2vp2,dp2tp2pp2 model.num_hidden_layers=4 batch.recompute=block
