@@ -656,6 +656,41 @@ static void clock_streams(void) {
     expect_at("a stream that the host did not wait for", busy, 15);
 }
 
+// Every way in which a host waits; what it enqueues next begins no earlier.
+static void clock_host(void) {
+    cudaStream_t a = new_stream(), b = new_stream();
+    begin_clock(a);
+    spend(3, a);
+    OK(cudaStreamSynchronize(a));
+    spend(1, b), spend(2, b);
+    cudaEvent_t six = mark(b);
+    OK(cudaDeviceSynchronize());
+    spend(1, a);
+    cudaEvent_t seven = mark(a);
+    while (cudaEventQuery(seven) == cudaErrorNotReady) {
+    }
+    spend(2, b);
+    cudaEvent_t nine = mark(b);
+    while (cudaStreamQuery(b) == cudaErrorNotReady) {
+    }
+    spend(1, a);
+    std::thread([=] { // a host of its own, for which nobody waits here
+        spend(50, b);
+        OK(cudaStreamSynchronize(b));
+    })
+        .join();
+    OK(cudaMemcpyAsync(bytes, bytes + 1000, 1000, cudaMemcpyDeviceToDevice, a)); // read and written
+    cudaEvent_t twelve = mark(a);
+    expect("the other thread's", cudaStreamQuery(b), cudaSuccess);
+    spend(1, a);
+    cudaEvent_t sixty = mark(a);
+    expect_at("cudaStreamSynchronize", six, 6);
+    expect_at("cudaDeviceSynchronize", seven, 7);
+    expect_at("cudaEventQuery", nine, 9);
+    expect_at("cudaStreamQuery, a copy, and another thread", twelve, 9 + 1 + 2);
+    expect_at("cudaStreamQuery of what another thread has waited for", sixty, 9 + 50 + 1);
+}
+
 // What an event's operation has already done does not make its time earlier.
 static void clock_late_wait(void) {
     cudaStream_t a = new_stream(), b = new_stream();
@@ -758,6 +793,7 @@ static void case_clock(void) {
     setenv("EMU_CLOCK", "copy=1e6,link=1e6,latency=1e-3", 1);
     OK(cudaMalloc(&bytes, 50000));
     clock_streams();
+    clock_host();
     clock_late_wait();
     clock_default_stream();
     clock_graph();
