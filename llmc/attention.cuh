@@ -167,8 +167,8 @@ static inline size_t attention_scratch_bytes(const AttentionShape& shape) {
     return (size_t)shape.B * (size_t)shape.T * (size_t)shape.NH * sizeof(float); // delta
 }
 
-// out (B, T, NH*HS) =; lse (B, NH, T) = log of the softmax's denominator, for the backward pass. kv is NULL where
-// keys and values are those in qkv; otherwise those in qkv are not read.
+// out (B, T, NH*HS) =; lse (B, NH, T) = log of the softmax's denominator, for the backward pass. kv is NULL
+// where keys and values are those in qkv; otherwise those in qkv are not read.
 static inline void attention_forward(floatX* out, float* lse, const floatX* qkv, const floatX* kv,
                                      const int* doc_start, AttentionShape shape, cudaStream_t stream) {
     CHECK(kv != NULL || shape.T == shape.keys);
@@ -176,8 +176,8 @@ static inline void attention_forward(floatX* out, float* lse, const floatX* qkv,
 }
 
 // dqkv (B, T, (NH + 2 NKV) * HS) =, from dout and out (B, T, NH*HS), the forward pass's qkv and lse. With kv,
-// only dq is written there, and dkv (B, keys, 2 NKV * HS) = the gradients of all keys and values as far as they
-// come from these rows: 0 where none sees the key.
+// only dq is written there, and dkv (B, keys, 2 NKV * HS) = the gradients of all keys and values as far as
+// they come from these rows: 0 where none sees the key.
 static inline void attention_backward(floatX* dqkv, floatX* dkv, void* scratch, const floatX* dout,
                                       const floatX* qkv, const floatX* kv, const floatX* out,
                                       const float* lse, const int* doc_start, AttentionShape shape,

@@ -117,7 +117,8 @@ static __device__ inline void load_columns(QueryColumns<N>* columns, const float
     }
 }
 
-// Hides of s (16 keys from `key` on, N queries from row `first` on) what is not seen. The queries may be of both runs.
+// Hides of s (16 keys from `key` on, N queries from row `first` on) what is not seen. The queries may be of
+// both runs.
 template <int N>
 static __device__ inline void hide_queries(float s[N / 8][4], const QueryColumns<N>* columns, int key,
                                            int first, const AttentionShape& shape) {

@@ -1,6 +1,6 @@
 // What the attention kernels are told: sizes, the positions of the rows, and where keys and values lie.
 #pragma once
-#include "llmc/cuda_common.cuh" // defines: size_t, floatX
+#include "llmc/cuda_common.cuh" // defines: what all kernels stand on
 #include "llmc/positions.h"     // defines: Positions, position_at, first_row_at
 
 // T rows, the queries, and `keys` keys of each of B sequences. One rank alone has all rows: T == keys.
@@ -9,8 +9,8 @@ typedef struct {
     Positions at; // of the rows
 } AttentionShape;
 
-// Keys and values, or their gradients: of the `heads` heads that an array (B, keys, heads, HS) has of a position,
-// key head 0 is at k, and its value NKV heads behind it.
+// Keys and values, or their gradients: of the `heads` heads that an array (B, keys, heads, HS) has of a
+// position, key head 0 is at k, and its value NKV heads behind it.
 template <typename X> struct KeyValues {
     X* k;
     int heads;

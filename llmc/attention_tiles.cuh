@@ -42,8 +42,8 @@ typedef __nv_bfloat16 bf16;
 //     dK, dV    128     128     32     -   160     255   32 KB + 2 x (16 + 0.375) KB         =  64.75 KB
 //
 // dK, dV at 128 would not fit with its rows (64): it reads their fragments again for every tile, a quarter
-// more of shared memory. Addresses take the rest: nvcc 13.0 uses 128, 221, 168, 243, 231, 254 for sm_90a, and
-// spills 16 bytes in the first and 24 in the third.
+// more of shared memory. Addresses take the rest: nvcc 13.0 uses 128, 226, 168, 243, 237, 254 for sm_90a, and
+// spills 24 bytes in the first and 12 in the third, of which its loops read 8 and 8 again.
 
 typedef struct {
     int warps;       // of a block, 16 rows each
@@ -145,7 +145,8 @@ template <int HS> static __device__ inline int tile_at(int row, int chunk) {
     return row * HS + (chunk ^ (row & 7)) * 8;
 }
 
-// Starts the copy of rows first .. first + ROWS - 1 of a sequence into a tile; those from `end` on become zero.
+// Starts the copy of rows first .. first + ROWS - 1 of a sequence into a tile; those from `end` on become
+// zero.
 template <int HS, int ROWS, int THREADS>
 static __device__ inline void load_tile(bf16* tile, const bf16* rows, int stride, int first, int end) {
     constexpr int CHUNKS = HS / 8, STEP = THREADS / CHUNKS;

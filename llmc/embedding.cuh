@@ -29,8 +29,8 @@ static __global__ void embedding_forward_kernel(floatX* out, const int* tokens, 
     }
 }
 
-// out (B, T, C) =; wte (V, C), wpe (positions, C) or NULL; row (b, t) has position_at(at, t). A negative token is
-// one whose row another rank has: zero here.
+// out (B, T, C) =; wte (V, C), wpe (positions, C) or NULL; row (b, t) has position_at(at, t). A negative token
+// is one whose row another rank has: zero here.
 static inline void embedding_forward(floatX* out, const int* tokens, const floatX* wte, const floatX* wpe,
                                      Positions at, int B, int T, int C, cudaStream_t stream) {
     unsigned blocks = (unsigned)ceil_div((size_t)B * (size_t)T, EMBEDDING_ROWS);

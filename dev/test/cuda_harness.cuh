@@ -137,7 +137,7 @@ template <typename X> static bool same_bits(const X* a, const X* b, size_t n) {
     return memcmp(x.data(), y.data(), n * sizeof(X)) == 0;
 }
 
-// Of an array with so many blocks of T rows of n elements, the rows of the rank with the positions `at`.
+// Of an array with so many blocks of T rows of n elements, the rows of the rank with these positions.
 template <typename X>
 static std::vector<X> rows_of_rank(const X* whole, Positions at, int blocks, int T, int ranks, size_t n) {
     std::vector<X> rows;
