@@ -112,8 +112,9 @@ static void plain_add(float* sum, double weight, const double* x, size_t n) {
 
 // The rank that has position t, written out: chunk i and chunk 2 * ranks - 1 - i are of rank i.
 static int rank_of(const AttentionCase& c, int t, int ranks) {
+    if (ranks == 1) return 0;
     int chunk = t / (c.T / (2 * ranks));
-    return ranks == 1 ? 0 : chunk < ranks ? chunk : 2 * ranks - 1 - chunk;
+    return chunk < ranks ? chunk : 2 * ranks - 1 - chunk;
 }
 
 // One query row of one head: all of the forward pass, and the row's part in the backward pass. q, k, v, dout:
