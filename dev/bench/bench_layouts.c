@@ -3,8 +3,8 @@
 //
 // A simulation (llmc/layout_plan.h), not a measurement: for Llama shapes of 1, 8 and 70 billion parameters on
 // 8, 64 and 1,024 GPUs, the fastest layout that fits in 80 GB, with 1 or 2 sequences a micro-batch, with and
-// without recomputing blocks. A step has 4 million tokens in sequences of 4,096. `naive` is the same layout
-// as if a rank computed or communicated, never both. Published shares are 30-40 % naive, 18 % tuned.
+// without recomputing blocks. A step has 4 million tokens in sequences of 4,096 or 131,072. `naive` is the same
+// layout as if a rank computed or communicated, never both. Published shares are 30-40 % naive, 18 % tuned.
 #include "llmc/layout_search.h" // defines: layout_search, layout_cost, layout_rates_h100
 
 enum { ROOM = 1024 };
@@ -14,13 +14,15 @@ static LayoutChoice choices[ROOM];
 
 static const struct {
     const char* name;
-    int C, L, NH, NKV, FF;
+    int C, L, NH, NKV, FF, T;
     bool tied;
 } shapes[] = {
-    {"1B", 2048, 16, 32, 8, 8192, true},
-    {"8B", 4096, 32, 32, 8, 14336, false},
-    {"70B", 8192, 80, 64, 8, 28672, false},
+    {"1B", 2048, 16, 32, 8, 8192, 4096, true},
+    {"8B", 4096, 32, 32, 8, 14336, 4096, false},
+    {"70B", 8192, 80, 64, 8, 28672, 4096, false},
+    {"8B", 4096, 32, 32, 8, 14336, 131072, false},
 };
+enum { SHAPES = sizeof shapes / sizeof shapes[0], TOKENS = 1 << 22 }; // of a step
 
 // Weights, gradients, moments, activations and logits, as train_gpt.cu lays them out in bf16, without its
 // small arrays.
@@ -32,10 +34,11 @@ int gpt_memory(const RunConfig* r, bool training, MemoryLine lines[MEMORY_LINES_
     double all = (double)p.num_parameters, slice = all / dp, C = c.hidden_size;
     double window =
         (double)(p.num_parameters - p.layer_size * (size_t)c.num_hidden_layers + 2 * p.layer_size) * windows;
-    double N = (double)r->batch.micro_batch_size * r->batch.sequence_length, NS = N / l->tp_size;
+    double N = (double)r->batch.micro_batch_size * r->batch.sequence_length / l->cp_size, NS = N / l->tp_size;
+    double keys = (double)(model_dim(&c, DIM_QKV) - model_dim(&c, DIM_HEADS)) * N * l->cp_size;
     double wide = (double)(model_dim(&c, DIM_QKV) + model_dim(&c, DIM_HEADS) + model_dim(&c, DIM_FC) +
                            model_dim(&c, DIM_FF));
-    int M = r->batch.global_batch_size / r->batch.micro_batch_size / dp;
+    int M = r->batch.global_batch_size / r->batch.micro_batch_size / num_replicas(l);
     PipelineList list = pipeline_list(r->parallel.pipeline_schedule, l->pp_size, l->pp, l->num_chunks, M);
     double layers = (double)list.num_slots * c.num_hidden_layers / l->num_chunks,
            block = 3 * NS * C + N * wide;
@@ -43,7 +46,9 @@ int gpt_memory(const RunConfig* r, bool training, MemoryLine lines[MEMORY_LINES_
     double weights = zero == ZERO_PARAMETERS ? slice + window : all;
     double gradients = zero >= ZERO_GRADIENTS ? slice + window : all;
     double kept = r->batch.recompute == RECOMPUTE_BLOCK ? layers * NS * C + block : layers * (block + NS * C);
-    double scratch = (N * wide + (l->tp_size > 1 ? 2 * N * C : 0) + 3 * NS * C) * 2 + PLAN_LOGIT_BYTES;
+    double scratch =
+        (N * wide + (l->tp_size > 1 ? 2 * N * C : 0) + 3 * NS * C + (l->cp_size > 1 ? 3 * keys : 0)) * 2 +
+        PLAN_LOGIT_BYTES;
     lines[0].name = "weights",
     lines[0].bytes = (uint64_t)(2 * weights + 2 * slice); // and the master's low halves
     lines[1].name = "gradients", lines[1].bytes = (uint64_t)(4 * gradients);
@@ -68,9 +73,9 @@ static void shape_run(int shape) {
     c->vocab_size = 128256, c->hidden_size = shapes[shape].C, c->num_hidden_layers = shapes[shape].L;
     c->num_attention_heads = shapes[shape].NH, c->num_key_value_heads = shapes[shape].NKV;
     c->head_dim = c->hidden_size / c->num_attention_heads, c->intermediate_size = shapes[shape].FF;
-    c->max_position_embeddings = run.batch.sequence_length = 4096;
+    c->max_position_embeddings = run.batch.sequence_length = shapes[shape].T;
     c->tie_word_embeddings = shapes[shape].tied;
-    run.batch.micro_batch_size = 1, run.batch.global_batch_size = 1024;
+    run.batch.micro_batch_size = 1, run.batch.global_batch_size = TOKENS / shapes[shape].T;
     run.precision.compute = COMPUTE_BF16;
     run.layout = layout_single();
 }
@@ -96,29 +101,30 @@ int main(void) {
     printf("a simulation: %.0f TFLOP/s of matmuls a GPU, %.0f GB/s NVLink, %.0f GB/s InfiniBand a GPU, "
            "%.0f us a message\n",
            rates.matmul / 1e12, rates.link_inside / 1e9, rates.link_between / 1e9, rates.latency * 1e6);
-    printf("model  GPUs  tp pp   dp zero schedule     micro recompute  memory    step   bubble "
-           "| exposed communication: "
-           "naive  tuned\n");
-    for (int s = 0; s < 3; s++)
+    printf(
+        "model sequence  GPUs  tp cp pp   dp zero schedule     micro recompute  memory      step  bubble | exposed: "
+        "naive  tuned\n");
+    for (int s = 0; s < SHAPES; s++)
         for (int k = 0; k < 3; k++) {
             LayoutChoice best;
             LayoutRates naive = rates;
             naive.no_overlap = true;
             shape_run(s);
             if (!best_choice(sizes[k], rates, &best)) {
-                printf("%5s %5d  does not fit\n", shapes[s].name, sizes[k]);
+                printf("%5s %8d %5d  does not fit\n", shapes[s].name, shapes[s].T, sizes[k]);
                 continue;
             }
             const Layout* l = &best.layout;
             LayoutCost without = layout_cost(&best_run, l, naive);
-            printf("%5s %5d %3d %2d %4d %4d %-11s %6d %-9s %5.0f GB %6.2f s %5.1f %% | %28.1f %% %4.1f %%\n",
-                   shapes[s].name, sizes[k], l->tp_size, l->pp_size, l->dp_size, best.zero,
-                   l->pp_size > 1 ? pipeline_schedule_name(best.schedule) : "",
-                   best_run.batch.micro_batch_size,
-                   best_run.batch.recompute == RECOMPUTE_BLOCK ? "block" : "none", (double)best.memory / 1e9,
-                   best.cost.seconds, 100 * best.cost.bubble, 100 * without.exposed, 100 * best.cost.exposed);
+            printf(
+                "%5s %8d %5d %3d %2d %2d %4d %4d %-11s %6d %-9s %5.0f GB %6.2f s %5.1f %% | %12.1f %% %4.1f %%\n",
+                shapes[s].name, shapes[s].T, sizes[k], l->tp_size, l->cp_size, l->pp_size, num_replicas(l),
+                best.zero, l->pp_size > 1 ? pipeline_schedule_name(best.schedule) : "",
+                best_run.batch.micro_batch_size,
+                best_run.batch.recompute == RECOMPUTE_BLOCK ? "block" : "none", (double)best.memory / 1e9,
+                best.cost.seconds, 100 * best.cost.bubble, 100 * without.exposed, 100 * best.cost.exposed);
             fflush(stdout);
         }
-    printf("published shares: %92s 30-40 %%  18 %%\n", "");
+    printf("published shares: naive 30-40 %%, tuned 18 %%\n");
     return 0;
 }
