@@ -58,6 +58,12 @@ check "zero3: the second layer's weights come beside the first one's forward pas
 check "zero3: and so on" timeline hidden zero3 4 ncclAllGather block_forward $((layers - 1 + layers - 2)) : 0.99 1
 check "zero3: backward, too" timeline hidden zero3 4 ncclAllGather block_backward $((2 * (layers - 2))) : 0.99 1
 
+# Sums in order send everything, behind every micro-batch.
+more=(parallel.deterministic=true batch.global_batch_size=$((4 * 2 * rows / 8)))
+check "dp 4, deterministic" train ordered 4 "${more[@]}"
+check "ordered: a step takes as long as simulated" simulated ordered 4 "${more[@]}"
+echo "# deterministic: a step of $(timeline step zero1 4) s takes $(timeline step ordered 4) s"
+
 # In two pieces: of the four gathers and scatters of a layer's forward pass the first or the last piece has no matmul
 # beside it, nor has the first one of two of the six of its backward pass. (What every rank has a gradient of is summed
 # with nothing beside it.)
