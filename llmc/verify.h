@@ -260,16 +260,16 @@ static inline void verify_error(const float* x, const float* truth, size_t n, do
 }
 
 typedef struct {
-    double ratio;   // the largest of error / allowed error
-    char worst[40]; // of what
+    double ratio;    // the largest of error / allowed error
+    char worst[40];  // of what
+    char first[160]; // tensor, in the model's order, that differs by more, and where most
     bool bitwise;
 } VerifyVerdict;
 
-// One tensor of ours against the truth: twice the error of one process, and `more`, are allowed. A tensor of n numbers
-// has an error that is known to about 1 / sqrt(2 n) of itself, of which four are granted.
-static inline void verify_tensor(VerifyVerdict* verdict, const char* what, const char* name,
-                                 const float* ours, const float* plain, const float* truth, size_t n,
-                                 double more) {
+// One tensor (rows, cols) of ours against the truth: twice the error of one process, and `more`, are allowed. A tensor
+// of n numbers has an error that is known to about 1 / sqrt(2 n) of itself, of which four are granted.
+static inline void verify_tensor(VerifyVerdict* verdict, const char* name, const float* ours,
+                                 const float* plain, const float* truth, size_t n, size_t cols, double more) {
     double error, allowed, size, noise = 4 / sqrt(2.0 * (double)n);
     verify_error(ours, truth, n, &error, &size);
     verify_error(plain, truth, n, &allowed, &size);
@@ -278,9 +278,16 @@ static inline void verify_tensor(VerifyVerdict* verdict, const char* what, const
                    : error > 0                                     ? error / allowed
                                                                    : 0;
     verdict->bitwise = verdict->bitwise && memcmp(ours, plain, n * sizeof *ours) == 0;
+    if (ratio > 1 && verdict->first[0] == '\0') {
+        size_t at = 0; // where they are furthest apart, or not numbers
+        for (size_t i = 1; i < n && isfinite(ours[at]); i++)
+            if (!(fabsf(ours[i] - plain[i]) <= fabsf(ours[at] - plain[at]))) at = i;
+        snprintf(verdict->first, sizeof verdict->first, "%s[%zu,%zu] is %.6g, in one process %.6g", name,
+                 at / cols, at % cols, (double)ours[at], (double)plain[at]);
+    }
     if (ratio <= verdict->ratio) return;
     verdict->ratio = ratio;
-    snprintf(verdict->worst, sizeof verdict->worst, "%s%s", what, name);
+    snprintf(verdict->worst, sizeof verdict->worst, "%s", name);
 }
 
 // One number, which may differ four times as much as one process does from the truth, or by a thousandth.
@@ -299,20 +306,24 @@ static inline VerifyVerdict verify_compare(const RunConfig* run, const VerifyRes
                                            const VerifyResult* plain, const VerifyResult* truth) {
     const ModelConfig* c = &run->model;
     ParameterLayout p = parameter_layout(c);
-    VerifyVerdict verdict = {0, "", true};
-    for (int i = 0; i < NUM_TENSORS; i++)
-        for (int l = 0; l < tensor_copies(c, (enum TensorId)i) && p.size[i] != 0; l++) {
-            size_t at = tensor_offset(&p, (enum TensorId)i, l), n = p.size[i];
-            double size, way;
-            char name[32];
-            tensor_name(name, (enum TensorId)i, l);
-            verify_error(truth->start + at, truth->weights + at, n, &way, &size);
-            verify_tensor(&verdict, "trained ", name, ours->weights + at, plain->weights + at,
-                          truth->weights + at, n, (0.05 + 2 / sqrt((double)n)) * way);
-            verify_error(plain->gradients + at, truth->gradients + at, n, &way, &size);
-            verify_tensor(&verdict, "", name, ours->gradients + at, plain->gradients + at,
-                          truth->gradients + at, n, 1e-6 * size);
-        }
+    VerifyVerdict verdict = {0, "", "", true};
+    for (int trained = 0; trained < 2; trained++)
+        for (int i = 0; i < NUM_TENSORS; i++)
+            for (int l = 0; l < tensor_copies(c, (enum TensorId)i) && p.size[i] != 0; l++) {
+                size_t at = tensor_offset(&p, (enum TensorId)i, l), n = p.size[i];
+                double size, way;
+                char tensor[32], name[40];
+                tensor_name(tensor, (enum TensorId)i, l);
+                snprintf(name, sizeof name, "%s%s", trained ? "trained " : "", tensor);
+                verify_error(truth->start + at, truth->weights + at, n, &way, &size);
+                if (trained)
+                    verify_tensor(&verdict, name, ours->weights + at, plain->weights + at,
+                                  truth->weights + at, n, p.cols[i], (0.05 + 2 / sqrt((double)n)) * way);
+                verify_error(plain->gradients + at, truth->gradients + at, n, &way, &size);
+                if (!trained)
+                    verify_tensor(&verdict, name, ours->gradients + at, plain->gradients + at,
+                                  truth->gradients + at, n, p.cols[i], 1e-6 * size);
+            }
     verify_number(&verdict, "norm", 1, ours->grad_norm, plain->grad_norm, truth->grad_norm);
     for (int s = 0; s < run->schedule.max_steps; s++) {
         verdict.bitwise = verdict.bitwise && ours->losses[s] == plain->losses[s];
@@ -376,7 +387,7 @@ static inline bool verify_layouts(RunConfig* run, const char* list, const char* 
         VerifyResult ours = {NULL, NULL, NULL, {0}, 0};
         Error why = {0, {0}};
         bool ran = verify_train(&ours, run, &layouts[i], work, program, &why);
-        VerifyVerdict v = {0, "", false};
+        VerifyVerdict v = {0, "", "", false};
         if (ran) v = verify_compare(run, &ours, &plain, &truth);
         bool passed = ran && (v.bitwise || v.ratio <= 1);
         failed += !passed;
@@ -386,6 +397,7 @@ static inline bool verify_layouts(RunConfig* run, const char* list, const char* 
                    passed ? "pass" : "FAIL", v.bitwise ? ", equal to the bit" : "");
         else
             printf("%-20s FAIL: %s\n", layouts[i].name, why.text);
+        if (ran && !passed && v.first[0] != '\0') printf("%-20s first: %s\n", "", v.first);
         fflush(stdout);
         verify_free(&ours);
     }
