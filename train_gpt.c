@@ -484,7 +484,7 @@ void gpt_load_batch(GPT* g, const int32_t* rows, int num_rows, bool document_mas
     g->document_mask = document_mask, g->eot_id = eot_id;
 }
 
-void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_steps, bool stop) {
+void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_steps, int requests) {
     int B = g->B;
     double num_targets = (double)g->num_rows * g->T, loss = 0; // training masks no target
     for (int row = 0; row < g->num_rows; row += B) {
@@ -494,7 +494,7 @@ void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_st
         loss += gpt_loss(g, g->targets, B, (real)(1.0 / num_targets));
         gpt_backward(g, g->inputs, B);
     }
-    StepResult r = {.loss = loss / num_targets, .stop = stop};
+    StepResult r = {.loss = loss / num_targets, .requests = requests};
     r.grad_norm = sqrt(global_norm_squared(g->grads, g->layout.num_parameters));
     r.applied = guard_accepts(r.loss, r.grad_norm);
     double clip = run->optimizer.grad_clip;

@@ -1214,10 +1214,10 @@ static void update(GPT* g, const RunConfig* run, double num_targets) {
 }
 
 // Enqueues one optimizer step on the rows of gpt_load_batch. applied_steps: those before this one.
-void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_steps, bool stop) {
+void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_steps, int requests) {
     size_t micro_batch = NUM_BATCH_ARRAYS * rows_of(g);
     nvtxRangePushA("step");
-    step_control_begin(g->control, lr, applied_steps, stop, g->stream);
+    step_control_begin(g->control, lr, applied_steps, requests, g->stream);
     for (int i = 0; g->use_graph && i < g->step_micro_batches; i++) {
         upload_batch(g, &g->slots[0], g->step_batch[g->step_slot] + (size_t)i * micro_batch);
         micro_step_through_graph(g);
@@ -1235,7 +1235,8 @@ StepResult gpt_finish_step(GPT* g) {
     CUDA_CHECK(cudaEventSynchronize(g->step_done));
     memset(&r, 0, sizeof r);
     r.loss = g->host_control->loss, r.grad_norm = g->host_control->grad_norm;
-    r.applied = g->host_control->applied != 0, r.stop = g->host_control->sums.stops != 0;
+    r.applied = g->host_control->applied != 0;
+    r.requests = requests_of_sum(g->host_control->sums.requests);
     return r;
 }
 

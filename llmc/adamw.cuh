@@ -26,14 +26,15 @@ typedef struct {
 } StepControl;
 
 static __global__ void step_control_begin_kernel(StepControl* control, float lr, uint64_t applied_steps,
-                                                 bool stop) {
+                                                 int requests) {
     memset(control, 0, sizeof *control);
-    control->lr = lr, control->applied_steps = applied_steps, control->sums.stops = stop;
+    control->lr = lr, control->applied_steps = applied_steps,
+    control->sums.requests = requests_to_sum(requests);
 }
 
-static inline void step_control_begin(StepControl* control, double lr, uint64_t applied_steps, bool stop,
+static inline void step_control_begin(StepControl* control, double lr, uint64_t applied_steps, int requests,
                                       cudaStream_t stream) {
-    step_control_begin_kernel<<<1, 1, 0, stream>>>(control, (float)lr, applied_steps, stop);
+    step_control_begin_kernel<<<1, 1, 0, stream>>>(control, (float)lr, applied_steps, requests);
     LAUNCH_CHECK();
 }
 

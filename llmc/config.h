@@ -64,6 +64,7 @@ typedef struct {
     } precision;
     struct {
         int every, keep_last, permanent_every;
+        double minutes, failures_per_day;
         char load_from[CONFIG_TEXT];
     } checkpoint;
     struct {
@@ -198,6 +199,10 @@ static const Knob knobs[] = {
         "GPU: GELU inside the matmul, from its fp32 sum; not with `batch.recompute` activation or norm"},
     {"checkpoint", "every", KNOB_INT, AT(checkpoint.every), "0", 0, STEPS_MAX, NULL,
         "steps between checkpoints; 0: only at the end"},
+    {"checkpoint", "minutes", KNOB_NUMBER, AT(checkpoint.minutes), "0", 0, 1e6, NULL,
+        "minutes between checkpoints, besides; 0: time does not count"},
+    {"checkpoint", "failures_per_day", KNOB_NUMBER, AT(checkpoint.failures_per_day), "0", 0, 1e4, NULL,
+        "of the whole job: as often as loses the least time (Young), besides; 0: does not count"},
     {"checkpoint", "keep_last", KNOB_INT, AT(checkpoint.keep_last), "2", 1, 1000000, NULL,
         "newest checkpoints that are kept"},
     {"checkpoint", "permanent_every", KNOB_INT, AT(checkpoint.permanent_every), "0", 0, STEPS_MAX, NULL,

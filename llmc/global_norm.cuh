@@ -6,15 +6,23 @@
 #include "llmc/cuda_common.cuh" // defines: Vec, load_vec, block_sum
 #include "llmc/exact_sum.h"     // defines: ExactSum, exact_add
 #include "llmc/layout.h"        // defines: SLICE_ALIGN, TensorPart
+#include "llmc/program.h"       // defines: REQUEST_STOP, REQUEST_SAVE
 
 enum { NORM_BLOCKS = 1024, NORM_THREADS = 256, LOSS_THREADS = 1024 };
 
 // One step's sums, in one piece, which all ranks add to each other's.
 typedef struct {
     ExactSum loss, norm_squared;
-    long long stops; // ranks that were asked to stop
+    long long requests; // ranks that ask for a stop, in the low half, and for a checkpoint, in the high one
 } StepSums;
 enum { STEP_SUMS = sizeof(StepSums) / sizeof(long long) };
+
+static __host__ __device__ inline long long requests_to_sum(int requests) {
+    return ((requests & REQUEST_STOP) != 0) + ((long long)((requests & REQUEST_SAVE) != 0) << 32);
+}
+static inline int requests_of_sum(long long sum) {
+    return ((sum & 0xFFFFFFFF) != 0 ? REQUEST_STOP : 0) | (sum >> 32 != 0 ? REQUEST_SAVE : 0);
+}
 
 // ----------------------------------------------------------------------------
 // what is in a bucket: the tensor table in a form that a kernel takes by value

@@ -15,11 +15,14 @@ typedef struct {
     Decoder* decoder;
 } Program;
 
+// What a process may ask for behind a step, bits: all of them then do it. REQUEST_SAVE: a checkpoint.
+enum StepRequest { REQUEST_STOP = 1, REQUEST_SAVE = 2 };
+
 // A step's outcome; lr and seconds are the loop's.
 typedef struct {
     double loss, grad_norm, lr, seconds;
     bool applied; // false: loss or gradient norm was not finite, and the weights are as before
-    bool stop;    // some process was asked to
+    int requests; // StepRequests of some process
 } StepResult;
 
 // Weights and moments in fp32 in the host's memory: what a checkpoint is read into and written from. Elements
@@ -74,9 +77,9 @@ void gpt_snapshot_wait(GPT* g); // until it is there; called by the thread that 
 // The rows (num_rows, T + 1) of the next step, num_rows a multiple of B. They stay as they are until the step
 // has been started. document_mask: attention stays inside documents, which begin with eot_id.
 void gpt_load_batch(GPT* g, const int32_t* rows, int num_rows, bool document_mask, int eot_id);
-// One optimizer step; applied_steps: those that were applied before it; stop: this process was asked to stop, which
+// One optimizer step; applied_steps: those that were applied before it; requests: this process's StepRequests, which
 // the step's result then says on all of them.
-void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_steps, bool stop);
+void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_steps, int requests);
 StepResult gpt_finish_step(GPT* g);
 
 // The loss of every token of at most B rows (num_rows, T + 1), for evaluation: (num_rows, T), valid until the

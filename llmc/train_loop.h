@@ -85,6 +85,7 @@ static inline bool finish_save(Trainer* t, Error* err) {
     String line = event_begin("checkpoint", step);
     event_text(&line, "directory", saver->directory);
     event_number(&line, "seconds", saver->seconds);
+    event_number(&line, "stall", t->program->asynchronous ? t->stall : saver->seconds);
     event_end(&t->metrics, &line);
     return true;
 }
@@ -107,14 +108,33 @@ static inline bool save(Trainer* t, Error* err) {
     Saver* saver = &t->saver;
     finish_save_or_warn(t);
     if (checkpoints_directory(t, saver->directory, err) == NULL) return false;
-    t->tried_step = t->state.step;
+    t->tried_step = t->state.step, t->save_started = seconds_now();
     saver->gpt = t->gpt;
     saver->data = checkpoint_data(t);
     saver->data.control = &t->save_control;
     saver->keep_last = t->run.checkpoint.keep_last;
     saver->permanent_every = (uint64_t)t->run.checkpoint.permanent_every;
     saver_start(saver);
-    return t->program->asynchronous || finish_save(t, err);
+    bool ok = t->program->asynchronous || finish_save(t, err);
+    t->stall = seconds_now() - t->save_started, t->stall_grows = t->program->asynchronous;
+    return ok;
+}
+
+// Seconds between two saves, by what the last one cost and by the clock; INFINITY: steps alone count. With a loss of
+// W / 2 at each failure and the cost of a save every W, W = sqrt(2 cost / failures) loses the least (Young, Commun. ACM
+// 17, 1974). A save waits for the one before, so its writing is a lower bound. Until a cost is known it is a second.
+static inline double save_interval(const RunConfig* run, double stall, double writing) {
+    double seconds = run->checkpoint.minutes > 0 ? 60 * run->checkpoint.minutes : INFINITY;
+    double failures = run->checkpoint.failures_per_day / 86400, cost = stall > 0 ? stall : 1;
+    if (failures > 0) seconds = fmin(seconds, fmax(writing, sqrt(2 * cost / failures)));
+    return seconds;
+}
+
+// What this process asks of all of them behind the step that begins. The first one has the clock.
+static inline int step_requests(const Trainer* t) {
+    double interval = save_interval(&t->run, t->stall, t->saver.busy ? 0 : t->saver.seconds);
+    bool save = t->control.rank == 0 && seconds_now() - t->save_started >= interval;
+    return (stop_requested() ? REQUEST_STOP : 0) | (save ? REQUEST_SAVE : 0);
 }
 
 // Whatever ended the run (ok: nothing that failed), what it has learnt is kept; but not what diverged.
@@ -154,7 +174,7 @@ static inline Due due_after_step(const Trainer* t, const StepResult* r) {
     bool last = step == (uint64_t)run->schedule.max_steps;
     Due due;
     due.report = is_due(run->log.every, step, last) || !r->applied;
-    due.save = is_due(run->checkpoint.every, step, last);
+    due.save = is_due(run->checkpoint.every, step, last) || (r->requests & REQUEST_SAVE) != 0;
     due.evaluate = t->validation.rows > 0 && is_due(run->eval.every, step, last);
     due.sample = run->sample.every > 0 && is_due(run->sample.every, step, last);
     return due;
@@ -192,7 +212,7 @@ static inline bool load_batch(Trainer* t, Prefetch* prefetch, Error* err) {
 static inline void start_step(Trainer* t) {
     const TrainState* s = &t->state;
     gpt_start_step(t->gpt, &t->run, learning_rate(&t->run, s->step), s->step - s->skipped_steps,
-                   stop_requested());
+                   step_requests(t));
 }
 
 static inline StepResult finish_step(Trainer* t) {
@@ -210,7 +230,7 @@ static inline StepResult finish_step(Trainer* t) {
 // one before (unless something else was due behind that) and loads the next one's batch.
 static inline bool run_steps(Trainer* t, Prefetch* prefetch, Error* err) {
     uint64_t max_steps = (uint64_t)t->run.schedule.max_steps;
-    double start = seconds_now();
+    double start = t->save_started = seconds_now();
     bool unreported = false, stop = t->control.size == 1 && stop_requested(),
          ok = t->state.step >= max_steps || load_batch(t, prefetch, err);
     StepResult r;
@@ -218,17 +238,19 @@ static inline bool run_steps(Trainer* t, Prefetch* prefetch, Error* err) {
     for (int done = 1; ok && t->state.step < max_steps && !stop; done++) {
         start_step(t);
         if (unreported) report_step(t, &r);
-        if (saver_has_result(&t->saver)) finish_save_or_warn(t);
+        if (!t->stall_grows && saver_has_result(&t->saver)) finish_save_or_warn(t);
         if (t->state.step + 1 < max_steps) ok = load_batch(t, prefetch, err);
         r = finish_step(t);
         r.seconds = seconds_now() - start; // the wait for data included
+        if (t->stall_grows) t->stall += fmax(0, r.seconds - t->seconds_per_step);
+        t->stall_grows = false;
         t->seconds_per_step += (done < 20 ? 1.0 / done : 0.05) * (r.seconds - t->seconds_per_step);
         Due due = due_after_step(t, &r);
         bool at_once = !t->program->asynchronous || due.save || due.evaluate || due.sample;
         unreported = due.report && !at_once;
         if (due.report && at_once) report_step(t, &r);
         ok = ok && after_step(t, &due, err);
-        stop = r.stop || stop_alone(t);
+        stop = (r.requests & REQUEST_STOP) != 0 || stop_alone(t);
         start = seconds_now();
     }
     if (unreported) report_step(t, &r);

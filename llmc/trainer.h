@@ -26,6 +26,9 @@ typedef struct {
     TrainState state;
     Saver saver;
     uint64_t saved_step, tried_step; // of the newest checkpoint, and of the last attempt at one
+    double save_started;             // when; at first, when training was started
+    double stall;     // seconds that the last save kept training from going on; 0: none is known
+    bool stall_grows; // it goes on in the step that is now computed
     Metrics metrics;
     String config_json;      // as resolved, on one line
     double peak_flops;       // of the device, 0 where it is not known; asked for once

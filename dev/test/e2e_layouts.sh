@@ -172,6 +172,13 @@ full_disk() {
         [ "$(grep -c 'error: ' "$work/full.out")" = 1 ] && [ -z "$(ls "$work/full/checkpoints")" ] || { cat "$work/full.out"; return 1; }
 }
 check "a disk that is full for one process" full_disk
+# The first process has the clock; all of them save together.
+by_the_clock() {
+    train clock 4 checkpoint.minutes=0.0001 checkpoint.keep_last=9 parallel.pipeline_parallel_size=2 &&
+        [ -d "$(step clock 2)" ] && [ -d "$(step clock 3)" ] && [ -z "$(grep 'warning: no checkpoint' "$work/clock.out")" ] ||
+        { cat "$work/clock.out"; return 1; }
+}
+check "checkpoints by the clock" by_the_clock
 stop_one() {
     rm -rf "$work/stop"
     (train stop 2 schedule.max_steps=2000; echo "exit $?" >>"$work/stop.out") &

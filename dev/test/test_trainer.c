@@ -36,7 +36,7 @@ static struct {
     int lines_at_start[STEPS_RECORDED], lines_at_finish[STEPS_RECORDED]; // step lines in the log by then
     int32_t first_token[STEPS_RECORDED];
     uint64_t applied_steps[STEPS_RECORDED];
-    int started_while_writing;
+    int started_while_writing, requests;
     char log[PATH_MAX];
     char blocked[PATH_MAX + 32]; // a file with this name appears at the end of the first step
 } world;
@@ -128,8 +128,9 @@ void gpt_load_batch(GPT* g, const int32_t* rows, int num_rows, bool document_mas
     g->rows = rows;
 }
 
-void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_steps, bool stop) {
-    (void)lr, (void)stop;
+void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_steps, int requests) {
+    (void)lr;
+    world.requests = requests;
     assert_true(!g->running && g->rows != NULL && world.steps + 1 < STEPS_RECORDED);
     world.lines_at_start[world.steps] = step_lines();
     world.first_token[world.steps] = g->rows[0];
@@ -151,7 +152,8 @@ StepResult gpt_finish_step(GPT* g) {
     if (world.steps == world.stop_step) raise(SIGTERM);
     g->running = false;
     bool applied = world.steps != world.skip_step;
-    StepResult r = {.loss = applied ? 5 : NAN, .grad_norm = 1, .applied = applied};
+    StepResult r = {
+        .loss = applied ? 5 : NAN, .grad_norm = 1, .applied = applied, .requests = world.requests};
     return r;
 }
 
@@ -336,6 +338,38 @@ static void checkpoints_hold_their_step(void** state) {
     }
 }
 
+// By the clock: neither at every step nor at the last alone; and the log says what it cost.
+static void checkpoints_come_by_the_clock(void** state) {
+    (void)state;
+    world.step_seconds = 0.03, world.snapshot_seconds = 0.001;
+    for (int asynchronous = 0; asynchronous <= 1; asynchronous++) {
+        expect_ok(
+            train(asynchronous, asynchronous ? "a" : "s",
+                  MORE("checkpoint.minutes=0.0012", "checkpoint.keep_last=9"))); // 72 ms: each third step
+        char* log = slurp(world.log);
+        int saves = occurrences(log, "\"event\":\"checkpoint\"");
+        assert_in_range(saves, 2, 5); // fewer where the machine is slow, and the last
+        assert_int_equal(occurrences(log, "\"stall\":"), saves);
+        free(log);
+        expect_checkpoint(asynchronous ? "a" : "s", 10);
+    }
+}
+
+static void intervals_follow_the_formula(void** state) {
+    (void)state;
+    RunConfig* run = calloc_check(1, sizeof *run);
+    assert_true(isinf(save_interval(run, 1, 1)));
+    run->checkpoint.minutes = 5;
+    assert_float_equal(save_interval(run, 1, 1), 300, 1e-9);
+    run->checkpoint.failures_per_day = 4; // W = sqrt(2 * 3 * 21600)
+    assert_float_equal(save_interval(run, 3, 100), 300, 1e-9);
+    run->checkpoint.minutes = 0;
+    assert_float_equal(save_interval(run, 3, 100), 360, 1e-9);
+    assert_float_equal(save_interval(run, 3, 500), 500, 1e-9);
+    assert_float_equal(save_interval(run, 0, 0), sqrt(2 * 21600), 1e-9);
+    free(run);
+}
+
 // A stop saves the step it came in; the next start goes on with the step and the rows behind it.
 static void stops_and_goes_on(void** state) {
     (void)state;
@@ -450,6 +484,7 @@ int main(void) {
         TEST(checkpoints_hold_their_step),     TEST(stops_and_goes_on),
         TEST(skipped_steps_are_counted),       TEST(failed_saves_are_said_once),
         TEST(finished_runs_keep_their_config), TEST(memory_advice_fits),
+        TEST(checkpoints_come_by_the_clock),   TEST(intervals_follow_the_formula),
     };
     return cmocka_run_group_tests_name("trainer", tests, NULL, NULL);
 }
