@@ -15,7 +15,7 @@ list=dev/test/mutations.txt first=${1:-1} last=${2:-$(grep -c . "$list")}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cp -r Makefile ./*.c ./*.cu llmc dev scripts configs "$work"
-cp -r "$work" "$work/original" # the tree may change meanwhile
+mkdir "$work/original" && cp -r ./*.c ./*.cu llmc dev "$work/original" # the tree may change meanwhile
 for group in $(cut -f 2 "$list" | sort -u); do
     [ "$group" != layouts ] && [ "$group" != overlap ] || continue
     [ "$group" != model ] || printf '#define TESTING\n#include "train_gpt.cu"\n' >"$work/$group.cu"
