@@ -1,6 +1,6 @@
-// What a run says: log.jsonl for programs (one object a line, the source of every plot and report) and the
-// step line for people. A log that cannot be written never stops a run: it is said once, and training goes
-// on.
+// What a run says: log.jsonl for programs (one object a line, the source of every plot and report), the newest
+// step's numbers in metrics.prom for Prometheus' node exporter, and the step line for people. What cannot be
+// written never stops a run: it is said once, and training goes on.
 #pragma once
 #include <math.h>
 
@@ -9,8 +9,8 @@
 #include "llmc/utils.h" // defines: String, string_append, write_all
 
 typedef struct {
-    int fd; // of log.jsonl; -1 once writing failed
-    char path[PATH_MAX];
+    int fd;                                  // of log.jsonl; -1 once writing failed
+    char path[PATH_MAX], textfile[PATH_MAX]; // log.jsonl; metrics.prom, "" once writing failed
 } Metrics;
 
 static inline void metrics_close(Metrics* m) {
@@ -28,7 +28,9 @@ static inline void metrics_write(Metrics* m, const char* data, size_t size) {
 // Appends to RUN_DIR/log.jsonl. Only a log that cannot be opened at all is an error: most likely it is in the
 // wrong place.
 static inline bool metrics_open(Metrics* m, const char* run_dir, Error* err) {
-    if (!path_join(m->path, run_dir, "log.jsonl", err)) return false;
+    if (!path_join(m->path, run_dir, "log.jsonl", err) ||
+        !path_join(m->textfile, run_dir, "metrics.prom", err))
+        return false;
     m->fd = open(m->path, O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
     if (m->fd < 0) return fail(err, EXIT_CANNOT_WRITE, "cannot open %s: %s", m->path, strerror(errno));
     // a run that was killed may have left half a line: end it, so that it spoils no other
@@ -60,6 +62,32 @@ static inline void event_number(String* line, const char* key, double value) {
 static inline void event_text(String* line, const char* key, const char* text) {
     string_append(line, ",\"%s\":", key);
     json_append_string(line, text);
+}
+
+// The numbers of an event without texts, as gauges in Prometheus' text format 0.0.4. A reader finds this file or the
+// one before; after a power cut there may be none.
+static inline void metrics_textfile(Metrics* m, const String* line) {
+    String text = {NULL, 0, 0};
+    char temporary[PATH_MAX + 8];
+    if (m->textfile[0] == '\0') return;
+    for (const char* at = strchr(line->data, ','); at != NULL; at = strchr(at + 1, ',')) {
+        int key = (int)strcspn(at + 2, "\""); // ,"key":number
+        const char* number = at + key + 4;
+        if (*number == 'n') number = "NaN"; // null
+        int digits = (int)strcspn(number, ",}");
+        string_append(&text, "# TYPE pretrain_%.*s gauge\npretrain_%.*s %.*s\n", key, at + 2, key, at + 2,
+                      digits, number);
+    }
+    snprintf(temporary, sizeof temporary, "%s.tmp", m->textfile);
+    int fd = open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    bool ok = fd >= 0 && write_all(fd, text.data, text.size);
+    if (fd >= 0) ok = close(fd) == 0 && ok;
+    free(text.data);
+    if (ok && rename(temporary, m->textfile) == 0) return;
+    fprintf(stderr, "warning: cannot write %s: %s; training goes on without it\n", m->textfile,
+            strerror(errno));
+    unlink(temporary);
+    m->textfile[0] = '\0';
 }
 
 // Text of a model: any bytes. JSON is UTF-8 and a C string ends at a NUL, so what is not UTF-8, and NULs,

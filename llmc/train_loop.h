@@ -33,6 +33,7 @@ static inline void report_step(Trainer* t, const StepResult* r) {
     event_number(&line, "gflops", flops / 1e9);
     if (peak != 0) event_number(&line, "mfu", flops / peak);
     event_number(&line, "skipped_steps", (double)t->state.skipped_steps);
+    metrics_textfile(&t->metrics, &line);
     event_end(&t->metrics, &line);
 }
 

@@ -184,6 +184,48 @@ static void test_duration(void** state) {
     }
 }
 
+static void two_textfiles(Metrics* m) {
+    String line = event_begin("step", 1);
+    for (int i = 0; i < 2; i++) metrics_textfile(m, &line);
+    free(line.data);
+}
+
+// What a step line says, for Prometheus: each number once, none of them unreadable, and a disk that is full is said once.
+static void test_textfile(void** state) {
+    (void)state;
+    Metrics m;
+    Error err = {0};
+    size_t size;
+    char file[PATH_MAX + 16], wanted[256];
+    open_log(&m);
+    String line = event_begin("step", 7);
+    event_number(&line, "loss", 2.5);
+    event_number(&line, "grad_norm", NAN);
+    event_number(&line, "tokens", 1234567890123.0);
+    metrics_textfile(&m, &line);
+    snprintf(file, sizeof file, "%s/metrics.prom", directory);
+    char* text = read_file(file, 1 << 16, &size, &err);
+    if (text == NULL) fail_msg("%s", err.text);
+    const char* numbers = strstr(text, "# TYPE pretrain_step");
+    snprintf(wanted, sizeof wanted,
+             "# TYPE pretrain_step gauge\npretrain_step 7\n# TYPE pretrain_loss gauge\npretrain_loss 2.5\n"
+             "# TYPE pretrain_grad_norm gauge\npretrain_grad_norm NaN\n"
+             "# TYPE pretrain_tokens gauge\npretrain_tokens 1234567890123\n");
+    assert_non_null(numbers);
+    assert_string_equal(numbers, wanted);
+    assert_memory_equal(text, "# TYPE pretrain_time gauge\npretrain_time ", 41);
+    free(text);
+    free(line.data);
+    assert_int_equal(unlink(file), 0);
+    assert_int_equal(mkdir(file, 0777), 0); // nothing can be written there
+    char said[1024];
+    captured(said, two_textfiles, &m);
+    assert_non_null(strstr(said, "metrics.prom: Is a directory; training goes on without it\n"));
+    assert_null(strstr(strchr(said, '\n'), "warning"));
+    assert_int_equal(rmdir(file), 0);
+    metrics_close(&m);
+}
+
 static void test_print_escaped(void** state) {
     (void)state;
     char text[64] = {0};
@@ -200,6 +242,7 @@ int main(void) {
         cmocka_unit_test_setup_teardown(test_torn_line, setup, teardown),
         cmocka_unit_test_setup_teardown(test_full_disk, setup, teardown),
         cmocka_unit_test(test_no_directory),
+        cmocka_unit_test_setup_teardown(test_textfile, setup, teardown),
         cmocka_unit_test(test_duration),
         cmocka_unit_test(test_print_escaped),
     };
