@@ -217,9 +217,13 @@ static inline bool command_layouts(Trainer* t, const char* argument, Error* err)
     t->run.sample.every = 0; // samples during training would leave few layouts to compare
     layout_search(&t->run, size, gpt_memory_limit(), layout_rates_h100(), choices, &count);
     if (count == 0)
-        fail(err, EXIT_CONFIG, "no layout of %d processes divides this model and a batch of %d sequences",
-             size, t->run.batch.global_batch_size);
-    layout_print(choices, count, stdout);
+        fail(
+            err, EXIT_CONFIG,
+            "no layout of %d processes divides this model and batch.global_batch_size %d: try a number with small "
+            "factors, or a batch that is a multiple of it",
+            size, t->run.batch.global_batch_size);
+    else
+        layout_print(choices, count, stdout);
     free(choices);
     return count > 0;
 }
@@ -327,24 +331,37 @@ static inline bool choose_layout(Trainer* t, bool training, Error* err) {
     LayoutChoice* choices = (LayoutChoice*)calloc_check(CHOICES, sizeof *choices);
     if (t->control.rank == 0 && gpt_resolve(run, training, err)) {
         bool found = layout_search(run, size, gpt_memory_limit(), layout_rates_h100(), choices, &count);
-        layout_print(choices, count < 8 ? count : 8, stdout);
+        layout_print(choices, count < 8 ? count : 8, stderr); // stdout is the command's
         if (!found)
-            fail(err, EXIT_CONFIG,
-                 "parallel.automatic: of %d layouts for %d processes none fits; `layouts` shows them", count,
-                 size);
+            fail(
+                err, EXIT_CONFIG,
+                "parallel.automatic: of %d layouts that divide the model and the batch for %d processes none fits; "
+                "`layouts` shows them",
+                count, size);
     }
     free(choices);
     return control_agree(&t->control, err) &&
            control_broadcast(&t->control, &run->parallel, sizeof run->parallel, err);
 }
 
+// A config with a layout in it is as good for one process that does not train.
+static inline void lay_layout_aside(RunConfig* run) {
+    run->parallel.data_parallel_size = 0, run->parallel.virtual_pipeline_size = 1;
+    run->parallel.context_parallel_size = run->parallel.tensor_parallel_size = 1;
+    run->parallel.pipeline_parallel_size = 1, run->parallel.pipeline_schedule = PIPELINE_1F1B;
+    run->parallel.automatic = false;
+}
+
 // Which part of the run this process has. A plan may be made for processes that were not started.
-static inline bool find_place(Trainer* t, bool plan, bool training, Error* err) {
+static inline bool find_place(Trainer* t, const Command* command, bool training, Error* err) {
     RunConfig* run = &t->run;
-    int size = t->control.size;
-    int planned = run->parallel.data_parallel_size * run->parallel.context_parallel_size *
-                  run->parallel.tensor_parallel_size * run->parallel.pipeline_parallel_size;
-    if (plan && size == 1 && planned > 1) size = planned;
+    int size = t->control.size, replicas = run->parallel.data_parallel_size;
+    int64_t planned = (int64_t)(replicas > 0 ? replicas : 1) * run->parallel.context_parallel_size *
+                      run->parallel.tensor_parallel_size * run->parallel.pipeline_parallel_size;
+    bool plan = command->run == command_plan, train = command->run == command_train;
+    if (size == 1 && !plan && !train) lay_layout_aside(run);
+    if (plan && size == 1 && planned > 1 && !run->parallel.automatic)
+        size = planned < RANKS_MAX ? (int)planned : RANKS_MAX;
     if (run->parallel.automatic && !choose_layout(t, training, err)) return false;
     return layout_resolve(run, t->control.rank, size, err) && gpt_resolve(run, training, err);
 }
@@ -362,7 +379,7 @@ static inline int run_with_config(const Program* program, const Command* command
     if (!config_load(run, argv[0], argc - used, argv + used, &err)) exit_with(&err);
     gpt_choose_device(launch->local_rank);
     if (!meet(&trainer, launch, &err)) exit_with(&err);
-    bool ok = find_place(&trainer, command->run == command_plan, training, &err);
+    bool ok = find_place(&trainer, command, training, &err);
     if (!agree(&trainer, &err) || !ok) end_with(&trainer, &err);
     if (run->parallel.threads > 0) omp_set_num_threads(run->parallel.threads);
     ok = command->run(&trainer, argument, &err);

@@ -69,14 +69,19 @@ static inline bool check_combinations(const RunConfig* run, const Layout* l, Err
             err, EXIT_CONFIG,
             "parallel.deterministic is true and parallel.zero_stage 0: sums in order need slices; set "
             "parallel.zero_stage=1");
+    bool recomputes = run->batch.recompute != RECOMPUTE_NONE;
     if (run->parallel.pipeline_schedule == PIPELINE_ZERO_BUBBLE &&
-        (run->batch.recompute != RECOMPUTE_NONE || run->parallel.zero_stage >= ZERO_GRADIENTS ||
-         run->parallel.deterministic))
+        (recomputes || run->parallel.zero_stage >= ZERO_GRADIENTS || run->parallel.deterministic))
         return fail(
             err, EXIT_CONFIG,
-            "parallel.pipeline_schedule is zero_bubble, which puts weight gradients off: activations must be kept "
-            "and gradients add up in place; set batch.recompute=none, parallel.zero_stage=1 and "
-            "parallel.deterministic=false, or choose another schedule");
+            "parallel.pipeline_schedule is zero_bubble, which puts weight gradients off, with %s: activations must "
+            "be kept and gradients add up in place; set %s, or choose another schedule",
+            recomputes                    ? "batch.recompute"
+            : run->parallel.deterministic ? "parallel.deterministic true"
+                                          : "parallel.zero_stage 2 or 3",
+            recomputes                    ? "batch.recompute=none"
+            : run->parallel.deterministic ? "parallel.deterministic=false"
+                                          : "parallel.zero_stage=1");
     if (run->sample.every > 0 && !alone)
         return fail(
             err, EXIT_CONFIG,
@@ -107,13 +112,12 @@ static inline bool layout_resolve(RunConfig* run, int rank, int size, Error* err
                     "parallel.pipeline_parallel_size to 2 or more",
                     chunks);
     if (!check_context_parallel(run, cp, err) || !check_tensor_parallel(run, tp, err)) return false;
-    if (rows % (micro * dp) != 0) {
-        int nearest = (rows + micro * dp - 1) / (micro * dp) * micro * dp;
+    int64_t together = (int64_t)micro * dp;
+    if (rows % together != 0)
         return fail(err, EXIT_CONFIG,
                     "batch.global_batch_size is %d: it must be a multiple of batch.micro_batch_size %d x %d "
-                    "data-parallel ranks; %d is the nearest above",
-                    rows, micro, dp, nearest);
-    }
+                    "data-parallel ranks; %lld is the nearest above",
+                    rows, micro, dp, (long long)((rows + together - 1) / together * together));
     if (!pipeline_check(run->parallel.pipeline_schedule, pp, chunks, rows / micro / dp,
                         run->model.num_hidden_layers, err))
         return false;

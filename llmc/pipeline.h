@@ -213,8 +213,8 @@ static inline bool pipeline_check(int schedule, int num_stages, int num_chunks, 
     if (num_chunks > 1 && schedule != PIPELINE_INTERLEAVED)
         return fail(
             err, EXIT_CONFIG,
-            "the %s pipeline schedule has one chunk of layers a stage, not %d: set 1 chunk, or choose "
-            "the interleaved schedule",
+            "the %s pipeline schedule has one chunk of layers a stage, not %d: set parallel.virtual_pipeline_size=1, or "
+            "parallel.pipeline_schedule=interleaved",
             name, num_chunks);
     if (num_chunks > 1 && num_micro_batches % num_stages != 0)
         return fail(

@@ -128,9 +128,9 @@ static inline void plan_print(const Plan* plan, FILE* out) {
             "             (6 N + 12 L T Q); %.3g FLOP in all (causal)\n",
             causal, palm, causal * (double)all);
     plan_print_memory(plan, out);
-    if (plan->matmul_rate > 0 && plan->copy_rate > 0)
+    if (run->layout.size == 1 && plan->matmul_rate > 0 && plan->copy_rate > 0)
         plan_print_time(plan, out);
-    else
+    else if (run->layout.size == 1)
         fprintf(out, "time         not known: there is no device here to measure\n");
     // fp32 weights and two moments
     fprintf(out, "checkpoint   %s bytes each, plus the tokenizer; %d kept\n",

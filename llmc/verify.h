@@ -12,11 +12,12 @@
 #include "llmc/config_print.h"   // defines: config_write_json
 #include "llmc/layout_resolve.h" // defines: layout_resolve
 
-#include <spawn.h>
+#include <ftw.h>
 #include <sys/wait.h>
 
 enum {
     VERIFY_STEPS = 20, // or schedule.max_steps, if that is less
+    VERIFY_RANKS_MAX = 256,
     VERIFY_LAYOUTS_MAX = 64,
     VERIFY_NAME = 64
 };
@@ -30,7 +31,7 @@ typedef struct {
 
 static inline bool verify_parse(VerifyLayout* out, const char* text, Error* err) {
     static const char* const keys[] = {"dp", "cp", "tp", "pp", "vp", "z"};
-    enum { KEYS = sizeof keys / sizeof keys[0] };
+    enum { KEYS = sizeof keys / sizeof keys[0], ZERO_KEY = KEYS - 1 };
     VerifyLayout l = {{0}, 1, 1, 1, 1, 1, 1, PIPELINE_1F1B, false};
     int* fields[KEYS] = {&l.dp, &l.cp, &l.tp, &l.pp, &l.vp, &l.zero};
     snprintf(l.name, sizeof l.name, "%.60s", text);
@@ -53,10 +54,18 @@ static inline bool verify_parse(VerifyLayout* out, const char* text, Error* err)
     }
     if (l.vp > 1) l.schedule = PIPELINE_INTERLEAVED;
     *out = l;
-    return true;
+    for (int k = 0; k < KEYS; k++)
+        if ((*fields[k] < 1 && k != ZERO_KEY) || (*fields[k] > ZERO_PARAMETERS && k == ZERO_KEY))
+            return fail(err, EXIT_USAGE, "layout %s: %s%d is not possible: %s is wanted", text, keys[k],
+                        *fields[k], k == ZERO_KEY ? "z0 to z3" : "1 or more");
+    int64_t ranks = (int64_t)l.dp * l.cp * l.tp * l.pp;
+    return ranks <= VERIFY_RANKS_MAX ||
+           fail(err, EXIT_USAGE, "layout %s has %lld processes, and verify starts at most %d on a machine",
+                text, (long long)ranks, VERIFY_RANKS_MAX);
 }
 
 static inline void verify_apply(RunConfig* run, const VerifyLayout* l) {
+    run->parallel.automatic = false;
     run->parallel.data_parallel_size = l->dp, run->parallel.tensor_parallel_size = l->tp;
     run->parallel.context_parallel_size = l->cp;
     run->parallel.pipeline_parallel_size = l->pp, run->parallel.virtual_pipeline_size = l->vp;
@@ -72,29 +81,40 @@ static inline int verify_sequence_length(int most, const VerifyLayout* layouts, 
     return T;
 }
 
+// Where that is too much to be of use, the smaller one: the layout that does not divide is then refused.
+static inline int common_multiple(int a, int b) {
+    int n = a;
+    while (n % b != 0 && n < 4096) n += a;
+    return n % b == 0 ? n : a;
+}
+
 // The user's config with everything made small that only costs time. What shape a tensor has, which there are and how
 // they are divided stays.
 static inline void verify_shrink(RunConfig* run, const VerifyLayout* layouts, int count) {
     ModelConfig* c = &run->model;
-    int ranks = 1, layers = 2, heads = 1, group = c->num_attention_heads / c->num_key_value_heads;
+    int ranks = 1, layers = 2, group = c->num_attention_heads / c->num_key_value_heads;
+    int heads = 1, rows = 1; // multiples of every tp; of every dp, and of interleaved stages
     for (int i = 0; i < count; i++) {
         const VerifyLayout* l = &layouts[i];
         layers = l->pp * l->vp > layers ? l->pp * l->vp : layers;
-        heads = l->tp > heads ? l->tp : heads;
         ranks = l->dp * l->pp > ranks ? l->dp * l->pp : ranks;
+        heads = common_multiple(heads, l->tp);
+        rows = common_multiple(rows, l->dp * (l->vp > 1 ? l->pp : 1));
     }
+    int kv = heads > group && heads % group == 0 ? heads / group
+             : c->num_key_value_heads > 2        ? 2
+                                                 : c->num_key_value_heads;
+    for (int i = 0; i < count; i++)
+        if (kv * group % layouts[i].tp != 0 || (kv % layouts[i].tp != 0 && layouts[i].tp % kv != 0))
+            kv = heads;
     c->num_hidden_layers = layers + 1 < c->num_hidden_layers ? layers + 1 : c->num_hidden_layers;
-    if (heads > group && heads % group == 0)
-        c->num_key_value_heads = heads / group;
-    else
-        c->num_key_value_heads = c->num_key_value_heads > 2 ? 2 : c->num_key_value_heads;
-    c->num_attention_heads = c->num_key_value_heads * group;
+    c->num_key_value_heads = kv, c->num_attention_heads = kv * group;
     c->head_dim = c->head_dim > 16 ? 16 : c->head_dim;
     c->hidden_size = c->num_attention_heads * c->head_dim;
-    c->intermediate_size = 16 * heads > 64 ? 16 * heads : 64;
+    for (c->intermediate_size = 16 * heads; c->intermediate_size < 64;) c->intermediate_size *= 2;
     run->batch.sequence_length = verify_sequence_length(run->batch.sequence_length, layouts, count);
     run->batch.micro_batch_size = 1;
-    run->batch.global_batch_size = 2 * ranks;
+    run->batch.global_batch_size = (2 * ranks + rows - 1) / rows * rows;
     if (run->schedule.max_steps > VERIFY_STEPS) run->schedule.max_steps = VERIFY_STEPS;
     run->schedule.warmup_steps = 0;
     run->schedule.decay_fraction = 0;
@@ -214,6 +234,17 @@ static inline bool verify_read(VerifyResult* out, const RunConfig* run, Error* e
 
 static inline void verify_free(VerifyResult* r) { free(r->gradients), free(r->start), free(r->weights); }
 
+static inline int remove_entry(const char* path, const struct stat* s, int type, struct FTW* at) {
+    (void)s, (void)type, (void)at;
+    return remove(path);
+}
+
+// What an earlier run of verify left: a run would go on from it.
+static inline bool remove_tree(const char* path, Error* err) {
+    return nftw(path, remove_entry, 16, FTW_DEPTH | FTW_PHYS) == 0 || errno == ENOENT ||
+           fail(err, EXIT_CANNOT_WRITE, "cannot remove %s, of an earlier verify: %s", path, strerror(errno));
+}
+
 // Trains in one layout and reads what came out.
 static inline bool verify_train(VerifyResult* out, const RunConfig* shrunk, const VerifyLayout* l,
                                 const char* work, const char* program, Error* err) {
@@ -222,8 +253,9 @@ static inline bool verify_train(VerifyResult* out, const RunConfig* shrunk, cons
     String json = {NULL, 0, 0};
     run = *shrunk;
     verify_apply(&run, l);
-    if (!path_join(directory, work, l->name, err) || !make_directories(directory, err) ||
-        !path_join(config, directory, "run.json", err) || !path_join(log, directory, "output", err))
+    if (!path_join(directory, work, l->name, err) || !remove_tree(directory, err) ||
+        !make_directories(directory, err) || !path_join(config, directory, "run.json", err) ||
+        !path_join(log, directory, "output", err))
         return false;
     if (strlen(directory) >= sizeof run.log.run_dir)
         return fail(err, EXIT_CONFIG, "log.run_dir is too long for the runs of verify: %.200s", directory);
@@ -360,6 +392,20 @@ static inline bool verify_reference(char out[PATH_MAX], const char* program, Err
            fail(err, EXIT_NO_INPUT, "%s is not there: verify compares with it; build it with `make`", out);
 }
 
+// Before anything trains: what the shrunk config cannot have at all.
+static inline bool verify_can_run(const RunConfig* run, const VerifyLayout* layouts, int count, Error* err) {
+    static RunConfig trial;
+    for (int i = 0; i < count; i++) {
+        const VerifyLayout* l = &layouts[i];
+        Error why = {0, {0}};
+        trial = *run;
+        verify_apply(&trial, l);
+        if (!layout_resolve(&trial, 0, l->dp * l->cp * l->tp * l->pp, &why))
+            return fail(err, why.code, "layout %s: %.900s", l->name, why.text);
+    }
+    return true;
+}
+
 static inline bool verify_layouts(RunConfig* run, const char* list, const char* work, Error* err) {
     VerifyLayout layouts[VERIFY_LAYOUTS_MAX];
     const VerifyLayout alone = {"one process", 1, 1, 1, 1, 1, 1, PIPELINE_1F1B, false};
@@ -372,6 +418,7 @@ static inline bool verify_layouts(RunConfig* run, const char* list, const char* 
     VerifyResult truth = {NULL, NULL, NULL, {0}, 0}, plain = truth;
     snprintf(reference.name, sizeof reference.name, "cpu");
     verify_shrink(run, layouts, count);
+    if (!verify_can_run(run, layouts, count, err)) return false;
     static RunConfig fp32;
     fp32 = *run;
     fp32.precision.compute = COMPUTE_AUTO;

@@ -490,14 +490,12 @@ static void what_cannot_run_is_explained(void** state) {
     expect_message(PIPELINE_INTERLEAVED, 4, 2, 8, 8, NULL);
     for (int schedule = PIPELINE_AFAB; schedule <= PIPELINE_ZERO_BUBBLE; schedule++)
         expect_message(schedule, 1, 3, 5, 2, NULL);
-    expect_message(
-        PIPELINE_1F1B, 4, 2, 8, 8,
-        "the 1F1B pipeline schedule has one chunk of layers a stage, not 2: set 1 chunk, or choose "
-        "the interleaved schedule");
-    expect_message(
-        PIPELINE_ZERO_BUBBLE, 2, 3, 8, 8,
-        "the zero-bubble pipeline schedule has one chunk of layers a stage, not 3: set 1 chunk, or "
-        "choose the interleaved schedule");
+    expect_message(PIPELINE_1F1B, 4, 2, 8, 8,
+                   "the 1F1B pipeline schedule has one chunk of layers a stage, not 2: set "
+                   "parallel.virtual_pipeline_size=1, or parallel.pipeline_schedule=interleaved");
+    expect_message(PIPELINE_ZERO_BUBBLE, 2, 3, 8, 8,
+                   "the zero-bubble pipeline schedule has one chunk of layers a stage, not 3: set "
+                   "parallel.virtual_pipeline_size=1, or parallel.pipeline_schedule=interleaved");
 #define MULTIPLES(stages, has, nearest)                                                                      \
     "the interleaved pipeline schedule needs micro-batches in multiples of its " stages                      \
     " stages, but a step has " has ": the nearest number that works is " nearest
