@@ -105,8 +105,7 @@ typedef struct {
     LayerActivations* layers; // of the largest chunk
     floatX* lnf;              // (NS, C): what leaves the last norm
     float *lnf_mean, *lnf_rstd;
-    int* batch;       // (NUM_BATCH_ARRAYS, N)
-    cudaEvent_t sent; // the output
+    int* batch; // (NUM_BATCH_ARRAYS, N)
 } Slot;
 
 // What enters the first layer of a chunk.
@@ -643,7 +642,7 @@ template <typename Grad> static void add(Grad* sum, const Grad* x, size_t n, cud
 }
 
 // Adds the slices of all ranks' windows in the order of ranks, that is of micro-batches: the same sums for any
-// number of ranks.
+// number of replicas.
 template <typename Grad> static void sum_in_order(GPT* g, int b) {
     Slice s = state_slice(g, b);
     Grad *window = (Grad*)window_of(g, b)->grads, *parts = (Grad*)g->ordered,
@@ -1038,12 +1037,10 @@ static void forward_pass(GPT* g, const Pass* pass, const int* batch, int B) {
     if (!pass->embedding)
         receive_from(g, ACTIVATIONS_IN, pass->input->residual, link_axis(g, AXIS_FORWARD, before), before, n,
                      pass->input->read, pass->input->received);
-    if (!pass->head) CUDA_CHECK(cudaStreamWaitEvent(g->stream, slot->sent, 0));
     chunk_forward(g, pass, B);
     if (pass->head) return;
     send_to(g, ACTIVATIONS_OUT, residual_into(pass, pass->end), link_axis(g, AXIS_FORWARD, g->place.pp),
             after, n);
-    CUDA_CHECK(cudaEventRecord(slot->sent, g->links[ACTIVATIONS_OUT]));
 }
 
 template <typename Grad> static void backward_pass(GPT* g, const Pass* pass) {
@@ -1054,7 +1051,6 @@ template <typename Grad> static void backward_pass(GPT* g, const Pass* pass) {
     if (!pass->head)
         receive_from(g, GRADIENTS_IN, g->dresidual, link_axis(g, AXIS_BACKWARD, g->place.pp), after, n,
                      g->gradient_free[turn], g->gradient_received[turn]);
-    if (!pass->head) CUDA_CHECK(cudaStreamWaitEvent(g->stream, pass->slot->sent, 0));
     chunk_backward<Grad>(g, pass, g->B);
     CUDA_CHECK(cudaEventRecord(pass->input->read, g->stream));
     if (!pass->embedding)
@@ -1257,13 +1253,14 @@ const float* gpt_losses(GPT* g, const int32_t* rows, int num_rows, bool document
                                    cudaMemcpyDeviceToHost, g->stream));
     }
     CUDA_CHECK(cudaDeviceSynchronize());
+    if (!has_head(&g->place) || g->place.cp != 0) return NULL;
     for (size_t i = 0; i < ranks * N; i++) {
         size_t r = i / N, b = i % N / (size_t)g->T;
         Positions at = positions_of(g->T * g->place.cp_size, (int)r, g->place.cp_size);
         size_t position = (size_t)position_at(at, (int)(i % (size_t)g->T));
         g->row_losses[b * (size_t)g->T * ranks + position] = g->host_losses[i];
     }
-    return has_head(&g->place) && g->place.cp == 0 ? g->row_losses : NULL;
+    return g->row_losses;
 }
 
 // ----------------------------------------------------------------------------
@@ -1312,6 +1309,8 @@ static void upload_rope_table(GPT* g) {
 
 // Every stream (create) or every event of a model: made, or done away with.
 static void for_streams(GPT* g, bool create) {
+    // what communicates comes before the two that compute and copy; the driver clamps priorities
+    enum { COMPUTE = 2, FIRST = -5 };
     cudaStream_t* streams[] = {&g->stream,
                                &g->copy_stream,
                                &g->comm_stream,
@@ -1323,7 +1322,8 @@ static void for_streams(GPT* g, bool create) {
                                &g->links[GRADIENTS_OUT]};
     for (size_t i = 0; i < sizeof streams / sizeof streams[0]; i++) {
         if (create)
-            CUDA_CHECK(cudaStreamCreateWithFlags(streams[i], cudaStreamNonBlocking));
+            CUDA_CHECK(
+                cudaStreamCreateWithPriority(streams[i], cudaStreamNonBlocking, i < COMPUTE ? 0 : FIRST));
         else
             CUDA_CHECK(cudaStreamDestroy(*streams[i]));
     }
@@ -1344,7 +1344,6 @@ static void for_events(GPT* g, bool create) {
     for (int b = 0; b < num_buckets(g); b++) for_event(&g->weights_ready[b], create);
     for (int i = 0; i < 2; i++)
         for_event(&g->gradient_received[i], create), for_event(&g->gradient_free[i], create);
-    for (int i = 0; i < g->num_slots; i++) for_event(&g->slots[i].sent, create);
     for (int i = 0; i < g->num_inputs; i++)
         for_event(&g->inputs[i].received, create), for_event(&g->inputs[i].read, create);
     for (int w = 0; w < NUM_WINDOWS; w++) {
@@ -1751,7 +1750,12 @@ bool gpt_resolve(RunConfig* run, bool training, Error* err) {
     return check_sizes(&run->model, err);
 }
 
-void gpt_choose_device(int local_rank) { *device_local_rank() = local_rank; }
+// Streams that share a hardware queue wait for each other: there are as many queues as can be had, unless somebody
+// has said otherwise.
+void gpt_choose_device(int local_rank) {
+    setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
+    *device_local_rank() = local_rank;
+}
 
 uint64_t gpt_memory_limit(void) {
     Device device;

@@ -1,7 +1,8 @@
 // Does a run fit into the memory there is for it, and what would make it fit: found by planning it again.
 #pragma once
-#include "llmc/config_print.h" // defines: append_choice
-#include "llmc/program.h"      // defines: gpt_memory, gpt_memory_limit, gpt_resolve
+#include "llmc/config_print.h"   // defines: append_choice
+#include "llmc/layout_resolve.h" // defines: layout_resolve
+#include "llmc/program.h"        // defines: gpt_memory, gpt_memory_limit, gpt_resolve
 
 static inline uint64_t memory_needed(const RunConfig* run, bool training) {
     MemoryLine lines[MEMORY_LINES_MAX];
@@ -52,7 +53,8 @@ static inline bool save_memory(RunConfig* run, int i, uint64_t limit) {
     bool part = changed.batch.recompute == RECOMPUTE_ACTIVATION || changed.batch.recompute == RECOMPUTE_NORM;
     if (part && changed.model.family->activation == ACTIVATION_GELU_TANH)
         changed.precision.fused_gelu = false;
-    if (!gpt_resolve(&changed, true, &refused) || memory_needed(&changed, true) >= memory_needed(run, true))
+    if (!layout_resolve(&changed, run->layout.rank, run->layout.size, &refused) ||
+        !gpt_resolve(&changed, true, &refused) || memory_needed(&changed, true) >= memory_needed(run, true))
         return false;
     *run = changed;
     return true;

@@ -7,7 +7,7 @@
 // In every schedule a virtual stage takes forwards, backwards and weight gradients each in the order of the
 // micro-batches, so that gradients are summed in one order and results are equal bit for bit. And in every
 // schedule a link carries messages in the order in which the receiver's list uses them: a receiver can post
-// its receives in list order, the one of an activation as soon as its slot is free, and needs no tags.
+// its receives in list order, the one of an activation as soon as its input is free, and needs no tags.
 //
 // A stage with several chunks must not stand still while it sends: two stages could wait for slots that the
 // other's next backward frees. Either sends are queued on a stream of their own (the activations wait in

@@ -126,7 +126,8 @@ static inline void column_parallel_backward(floatX* dinp, Grad* dweight, Grad* d
     int pieces = tp_pieces(tp, N);
     if (dweight != NULL) tp_begin_gather(tp, tp->buffer[0], inp, N, C);
     matmul_input_gradient(tp->buffer[1], dout, weight, N, C, OC, mm);
-    for (int k = 0; k < pieces; k++) CUDA_CHECK(cudaStreamWaitEvent(tp->stream, tp->arrived[k], 0));
+    for (int k = 0; k < pieces && dweight != NULL; k++)
+        CUDA_CHECK(cudaStreamWaitEvent(tp->stream, tp->arrived[k], 0));
     tp_hand_over(tp->stream, tp->comm_stream, tp->ready);
     size_t piece = (size_t)N * (size_t)C / (size_t)pieces, part = piece / (size_t)tp->size;
     for (int k = 0; k < pieces; k++)

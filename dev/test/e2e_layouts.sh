@@ -217,6 +217,13 @@ check "a batch that does not divide" refused 3 'global_batch_size is 8' model.nu
 check "ZeRO 0 with ordered sums" refused 2 'zero_stage=1' parallel.zero_stage=0 parallel.deterministic=true
 check "weight gradients put off, of what is not kept" refused 2 'zero_bubble.*recompute=none' parallel.pipeline_parallel_size=2 \
     parallel.pipeline_schedule=zero_bubble batch.recompute=block
+advice() { # what would fit is what can run
+    local more=(parallel.pipeline_parallel_size=2 parallel.pipeline_schedule=zero_bubble data.tokenizer= eval.every=0 data.validation=) planned
+    planned=$("$program" plan configs/tiny_llama.json "${data[@]}" "${small[@]}" "${more[@]}" | sed -n 's/^  memory, stage 1 *\([0-9,]*\) .*/\1/p' | tr -d ,)
+    EMU_MEMORY=$((planned - 1)) train advice 2 "${more[@]}"
+    [ $? -ne 0 ] && grep -q 'set precision.moments=bf16' "$work/advice.out" && ! grep -q 'recompute=' "$work/advice.out" || { cat "$work/advice.out"; return 1; }
+}
+check "memory advice for zero bubble does not recompute" advice
 check "samples in a pipeline" refused 2 'sample.every' parallel.pipeline_parallel_size=2 sample.every=1 sample.prompt=a
 check "micro-batches that interleaving cannot place" refused 2 'micro' parallel.pipeline_parallel_size=2 \
     parallel.virtual_pipeline_size=2 parallel.pipeline_schedule=interleaved batch.global_batch_size=3
