@@ -234,14 +234,14 @@ static inline bool verify_read(VerifyResult* out, const RunConfig* run, Error* e
 
 static inline void verify_free(VerifyResult* r) { free(r->gradients), free(r->start), free(r->weights); }
 
-static inline int remove_entry(const char* path, const struct stat* s, int type, struct FTW* at) {
+static inline int remove_old(const char* path, const struct stat* s, int type, struct FTW* at) {
     (void)s, (void)type, (void)at;
     return remove(path);
 }
 
 // What an earlier run of verify left: a run would go on from it.
 static inline bool remove_tree(const char* path, Error* err) {
-    return nftw(path, remove_entry, 16, FTW_DEPTH | FTW_PHYS) == 0 || errno == ENOENT ||
+    return nftw(path, remove_old, 16, FTW_DEPTH | FTW_PHYS) == 0 || errno == ENOENT ||
            fail(err, EXIT_CANNOT_WRITE, "cannot remove %s, of an earlier verify: %s", path, strerror(errno));
 }
 
