@@ -5,10 +5,10 @@
 // The baseline of a row is the same machine's matmul alone, measured in the same process: the step's FLOPs at
 // that rate. A ratio of 1 would mean that everything but the matmuls is free.
 #define TESTING
+#include "train_gpt.c" // first, as it asks for all of the C library
+
 #include <sys/resource.h>
 #include <sys/wait.h>
-
-#include "train_gpt.c"
 
 static int compare_doubles(const void* a, const void* b) {
     double x = *(const double*)a, y = *(const double*)b;
