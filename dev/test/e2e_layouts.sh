@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Layouts: the emulated trainer as several processes. What must be equal to the bit is, ranks send what is planned, and a
 # run goes on in any other layout (dev/doc/numerics.md). Whether each layout computes what one process does:
-# dev/test/e2e_verify.sh.
+# dev/test/verify_layouts.sh.
 set -u
 cd "$(dirname "$0")/../.."
 . dev/test/tap.sh

@@ -1,40 +1,11 @@
 #!/usr/bin/env bash
-# The matrix of layouts: each computes what one process does, and what the contract calls bitwise is equal to the bit
-# (dev/doc/numerics.md).
-set -u
+# Layouts of a Llama, and what verify refuses: dev/test/verify_layouts.sh.
 cd "$(dirname "$0")/../.."
-. dev/test/tap.sh
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-program=${TRAIN_GPT:-./train_gpt_emu}
-export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
-. dev/test/small_corpus.sh
+. dev/test/verify_layouts.sh
 
-# verify NAME CONFIG LAYOUTS [KEY=VALUE ...]
-verify() {
-    local name=$1 config=$2 layouts=$3 line
-    shift 3
-    "$program" verify "configs/$config.json" "$layouts" "${data[@]}" "log.run_dir=$work/$name" \
-        parallel.start_timeout=100 "$@" >"$work/$name.out" 2>"$work/$name.err" || cat "$work/$name.err" >&2
-    for layout in ${layouts//,/ }; do
-        line=$(grep -E "^$layout +" "$work/$name.out")
-        check "$name, $layout: $(echo "$line" | tr -s ' ' | cut -d' ' -f4-)" grep -qE "^$layout +.* pass" "$work/$name.out"
-    done
-}
-bitwise() { # NAME LAYOUT ...: they were equal to one process to the bit
-    local name=$1
-    shift
-    for layout in "$@"; do
-        check "$name, $layout is one process to the bit" grep -qE "^$layout .*equal to the bit" "$work/$name.out"
-    done
-}
-
-verify gpt2 tiny_gpt2 dp2,dp4,tp2,tp4,pp2,pp3,dp2z0,dp2z2,dp2z3,dp2det,dp2tp2,dp2pp2,tp2pp2,tp2pp2afab,pp2vp2,pp3zb,dp2pp2z2,dp2pp2z3,dp2tp2z3,dp2tp2pp2,dp2tp2pp2zb \
-    model.n_layer=6
 verify llama tiny_llama dp2,tp2,tp4,pp2,pp4,afab,pp2afab,pp2vp2,dp2z3,tp2dp2z2,tp4pp2,dp2tp2pp2,dp2tp2pp2det,tp2pp2vp2 \
     model.num_hidden_layers=6 batch.recompute=block data.document_mask=true
 bitwise llama pp2 pp4 pp2afab pp2vp2
-verify context_gpt2 tiny_gpt2 cp2,cp4,dp2cp2,tp2cp2,cp2pp2,cp2z0,cp2z2,cp2z3,cp2det,dp2tp2cp2 model.n_layer=4
 verify context_llama tiny_llama cp2,cp3,cp4pp2,cp2pp2vp2,cp2pp2zb,tp2cp2pp2 model.num_hidden_layers=4 data.document_mask=true
 verify recomputed tiny_llama cp2,tp4cp2,cp2pp2 model.num_hidden_layers=4 batch.recompute=block data.document_mask=true
 verify zero_bubble tiny_llama pp2zb,pp4zb,tp2pp2zb,dp2pp2zb model.num_hidden_layers=6
