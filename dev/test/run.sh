@@ -3,10 +3,10 @@
 #
 #   dev/test/run.sh TEST...      unit test binaries and end-to-end scripts, from the root of the tree
 #
-# TEST_JOBS=2 tests run at a time, each for at most TEST_SECONDS=600. A test that crashes, runs out of time,
+# TEST_JOBS=2 tests run at a time, each for at most TEST_SECONDS=1200. A test that crashes, runs out of time,
 # exits non-zero without a `not ok`, or prints no plan or not as many results as planned, is one more failure.
 set -u
-jobs=${TEST_JOBS:-2} limit=${TEST_SECONDS:-600}
+jobs=${TEST_JOBS:-2} limit=${TEST_SECONDS:-1200}
 logs=$(mktemp -d) || exit 73
 trap 'rm -rf "$logs"' EXIT
 
