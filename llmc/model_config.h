@@ -80,8 +80,8 @@ enum { NUM_ROPE_KEYS = sizeof rope_keys / sizeof rope_keys[0] };
 static const char* const rope_scaling_names[] = {"default", "linear", "llama3"}; // by RopeScaling
 
 // Keys that would change what is computed if they had another value than this one; NULL: they never do.
-// Dropout is not implemented, as recent models do without: it must be 0 in a run config, and does not matter
-// in a config.json, whose model was trained elsewhere.
+// There is no dropout, as recent models do without: it must be 0 in a run config, and does not matter in a
+// config.json, whose model was trained elsewhere.
 static const struct {
     const char *key, *value;
     const char* dropout_of; // model types that have this dropout

@@ -162,7 +162,7 @@ static inline bool json_is_off(const cJSON* item) {
            (cJSON_IsString(item) && item->valuestring[0] == '\0');
 }
 
-// What must be off because it is not implemented.
+// What this tokenizer does not do must be off.
 static inline bool json_check_supported(const cJSON* root, const cJSON* model, const char* name, Error* err) {
     static const char* const must_be_off[] = {"dropout", "continuing_subword_prefix", "end_of_word_suffix",
                                               "byte_fallback"};

@@ -3,9 +3,7 @@
 # layout, for which GPUs, what is said where something is missing, and what a change rebuilds. Stand-ins for nvcc
 # write down how they were called; where there is a real one, it compiles and links, too.
 set -u
-. dev/test/tap.sh
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+. "$(dirname "$0")/tap.sh"
 tree=$work/tree
 mkdir -p "$tree/dev" "$tree/llmc" "$tree/scripts"
 cp Makefile "$tree" && cp llmc/*.h "$tree/llmc" && cp -r dev/emu "$tree/dev"

@@ -2,12 +2,9 @@
 # Saves that are killed, starved and lied to at every system call they make. Whatever happens, the newest
 # whole checkpoint is the old or the new one, nothing fails silently, the next save works and cleans up.
 set -u
-. dev/test/tap.sh
-
 # In memory where there is some: thousands of small files, and no disk to wait for.
-shm=/tmp
-[ ! -w /dev/shm ] || shm=/dev/shm
-work=$(mktemp -d "${TMPDIR:-$shm}/e2e_checkpoint.XXXXXX") || exit 73
+[ ! -w /dev/shm ] || export TMPDIR=${TMPDIR:-/dev/shm}
+. "$(dirname "$0")/tap.sh"
 trap 'mountpoint -q "$work/small" && umount "$work/small"; rm -rf "$work"' EXIT
 driver=$work/save_driver run=$work/run said=$work/said
 mkdir "$work/small"

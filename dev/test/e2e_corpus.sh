@@ -1,9 +1,7 @@
 #!/usr/bin/env bash
 # `corpus` as a user runs it: text in, tokenizer and shards out, and every way of asking for something wrong.
 set -u
-. dev/test/tap.sh
-work=$(mktemp -d) || exit 73
-trap 'rm -rf "$work"' EXIT
+. "$(dirname "$0")/tap.sh"
 binary=$PWD/corpus
 cd "$work" || exit 73
 corpus() { "$binary" "$@"; }

@@ -2,10 +2,7 @@
 # Tests of the instrument: the emulator must find one planted bug of every kind, must not report kernels that
 # are right, and must behave as CUDA's runtime does (dev/doc/emu.md).
 set -u
-cd "$(dirname "$0")/../.."
-. dev/test/tap.sh
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+. "$(dirname "$0")/tap.sh"
 export ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=halt_on_error=1
 warnings=(-O1 -g -fopenmp -Wall -Wextra -Werror)
 

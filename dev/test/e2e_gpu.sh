@@ -3,18 +3,15 @@
 # memory that was planned, recompute, storage in bf16, graphs, autotuning, checkpoints that cross over to the
 # CPU and back, a missing driver. The emulated program runs everywhere; TRAIN_GPT=./train_gpt takes a real one.
 set -u
-cd "$(dirname "$0")/../.."
-. dev/test/tap.sh
-program=${TRAIN_GPT:-./train_gpt_emu}
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+. "$(dirname "$0")/tap.sh"
 export OMP_NUM_THREADS=2
 
 . dev/test/small_corpus.sh
 
-# Small enough for an emulated GPU, with heads of 64, which have the tensor cores' kernels.
+# Small enough for an emulated GPU, with heads of 64, which have the tensor cores' kernels. The learning rate keeps
+# bf16 and fp32 together (0.001 apart after 8 steps, whatever the text says; at 1e-2 now and then 0.02).
 small=(batch.micro_batch_size=2 batch.sequence_length=32 batch.global_batch_size=4 schedule.max_steps=8
-    schedule.warmup_steps=2 optimizer.learning_rate=1e-2 eval.batches=8)
+    schedule.warmup_steps=2 optimizer.learning_rate=3e-3 eval.batches=8)
 declare -A heads=([tiny_gpt2]=model.n_head=1
     [tiny_llama]="model.num_attention_heads=2 model.num_key_value_heads=1 model.head_dim=64")
 
@@ -63,7 +60,7 @@ for config in tiny_gpt2 tiny_llama; do
 
     on_cpu $config $config.cpu
     cpu=$(json '"event":"eval"' loss <"$work/$config.cpu/log.jsonl")
-    check "$config: the CPU reference gets there too ($cpu)" near "$loss" "$cpu" 0.02
+    check "$config: the CPU reference gets there too ($cpu)" near "$loss" "$cpu" 0.005
 
     # half the way on one, the other half on the other
     train $config $config.to_cpu schedule.max_steps=4 schedule.type=constant
@@ -74,7 +71,7 @@ for config in tiny_gpt2 tiny_llama; do
     reference=$(json '"event":"eval"' loss <"$work/$config.constant/log.jsonl")
     for way in to_cpu to_gpu; do
         crossed=$(json '"event":"eval"' loss <"$work/$config.$way/log.jsonl")
-        check "$config, $way: and ends where the CPU does ($crossed, $reference)" near "$crossed" "$reference" 0.02
+        check "$config, $way: and ends where the CPU does ($crossed, $reference)" near "$crossed" "$reference" 0.005
     done
 
     train $config $config.stopped schedule.max_steps=3 checkpoint.every=3 schedule.type=constant
@@ -94,7 +91,7 @@ for config in tiny_gpt2 tiny_llama; do
     check "$config: eval repeats the run's last validation loss" near "$loss" "$evaluated" 1e-6
     OUT_DIR=$work/$config.export check "$config: export writes a model directory" with "$program" export $config $config
     exported=$(with ./train_gpt_cpu eval $config nothing "checkpoint.load_from=$work/$config.export" | json loss loss)
-    check "$config: the exported model evaluates alike on the CPU ($exported)" near "$exported" "$evaluated" 0.01
+    check "$config: the exported model evaluates alike on the CPU ($exported)" near "$exported" "$evaluated" 0.005
 
     # memory against time: the same numbers
     train $config $config.none precision.fused_gelu=false
@@ -110,7 +107,7 @@ for config in tiny_gpt2 tiny_llama; do
         # shellcheck disable=SC2086
         train $config "$config.${storage##* }.lean" precision.$storage
         lean=$(json '"event":"eval"' loss <"$work/$config.${storage##* }.lean/log.jsonl")
-        check "$config: precision.$storage trains alike ($lean)" near "$loss" "$lean" 0.05
+        check "$config: precision.$storage trains alike ($lean)" near "$loss" "$lean" 0.005
         check "$config: precision.$storage is not ignored" differ $config/$last "$config.${storage##* }.lean/$last"
     done
 done
@@ -118,7 +115,7 @@ done
 check "documents are masked" train tiny_llama masked data.document_mask=true
 on_cpu tiny_llama masked.cpu data.document_mask=true
 a=$(json '"event":"eval"' loss <"$work/masked/log.jsonl") b=$(json '"event":"eval"' loss <"$work/masked.cpu/log.jsonl")
-check "as on the CPU ($a, $b)" near "$a" "$b" 0.02
+check "as on the CPU ($a, $b)" near "$a" "$b" 0.005
 
 train tiny_gpt2 tuned parallel.autotune=true
 check "autotuning stores its choices beside the run" grep -q . "$work/tuned/matmul_algorithms.txt"
@@ -127,11 +124,13 @@ cp "$work/tuned/matmul_algorithms.txt" "$work/choices"
 train tiny_gpt2 tuned schedule.max_steps=10 parallel.autotune=true
 check "and a resume keeps them" cmp "$work/choices" "$work/tuned/matmul_algorithms.txt"
 
-with "$program" sample tiny_gpt2 tiny_gpt2 sample.prompt=static >"$work/a"
-with "$program" sample tiny_gpt2 tiny_gpt2 sample.prompt=static >"$work/b"
-with "$program" sample tiny_gpt2 tiny_gpt2 sample.prompt=static sample.temperature=0 sample.max_new_tokens=8 >"$work/c"
-with ./train_gpt_cpu sample tiny_gpt2 tiny_gpt2 sample.prompt=static sample.temperature=0 sample.max_new_tokens=8 >"$work/d"
-check "a sample continues the prompt" grep -q '^static.' "$work/a"
+train tiny_gpt2 sampled schedule.max_steps=24 optimizer.learning_rate=1e-2 # has clear favourites among the tokens
+sample() { with "$1" sample tiny_gpt2 sampled sample.prompt=static "${@:2}"; }
+sample "$program" >"$work/a"
+sample "$program" >"$work/b"
+sample "$program" sample.temperature=0 sample.max_new_tokens=8 >"$work/c"
+sample ./train_gpt_cpu sample.temperature=0 sample.max_new_tokens=8 >"$work/d"
+check "a sample continues the prompt" continues static "$work/a"
 check "the same seed, the same text" cmp "$work/a" "$work/b"
 check "the likeliest text is the CPU's" cmp "$work/c" "$work/d"
 

@@ -3,11 +3,7 @@
 # run goes on in any other layout (dev/doc/numerics.md). Whether each layout computes what one process does:
 # dev/test/verify_layouts.sh.
 set -u
-cd "$(dirname "$0")/../.."
-. dev/test/tap.sh
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-program=${TRAIN_GPT:-./train_gpt_emu}
+. "$(dirname "$0")/tap.sh"
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 . dev/test/small_corpus.sh
 

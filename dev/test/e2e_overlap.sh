@@ -3,11 +3,7 @@
 # program's streams, events and waits let overlap. Matmuls and messages take time, all else takes none. At these rates
 # a bucket's collective takes half as long as the matmuls of its layer in that pass.
 set -u
-cd "$(dirname "$0")/../.."
-. dev/test/tap.sh
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-program=${TRAIN_GPT:-./train_gpt_emu}
+. "$(dirname "$0")/tap.sh"
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 flops=1e12 link=12e9 latency=1e-7
 layers=6 rows=128 channels=128

@@ -1,13 +1,11 @@
 #!/usr/bin/env bash
 # scripts/quickstart.sh in its short form, on texts made here: every stage, a second run, what it refuses.
 set -u
-. dev/test/tap.sh
+. "$(dirname "$0")/tap.sh"
 if ! command -v python3 >/dev/null; then
     skip_test "scripts/quickstart.sh" "there is no python3"
     finish
 fi
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
 
 # 400 paragraphs of sentences that repeat themselves, about 250 kB; $1 between paragraphs
 make_text() {

@@ -1,10 +1,7 @@
 #!/usr/bin/env bash
 # Tests of the emulated NCCL between processes and of dev/emu/launch (dev/doc/emu.md, "Several ranks").
 set -u
-cd "$(dirname "$0")/../.."
-. dev/test/tap.sh
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+. "$(dirname "$0")/tap.sh"
 export ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=halt_on_error=1 OMP_WAIT_POLICY=passive
 unset EMU_SEED EMU_NCCL_DETECT EMU_NCCL_TRAFFIC LAUNCH_PATIENCE
 token=e2e$$x

@@ -1,9 +1,7 @@
 #!/usr/bin/env bash
 # scripts/report on logs that a run can leave behind, and scripts/austen.py on a data file made here.
 set -u
-. dev/test/tap.sh
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+. "$(dirname "$0")/tap.sh"
 if ! command -v python3 >/dev/null; then
     skip_test "scripts/report" "there is no python3"
     finish

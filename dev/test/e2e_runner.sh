@@ -1,9 +1,7 @@
 #!/usr/bin/env bash
 # The test runner itself: what it must count as a failure, and its last line.
 set -u
-. dev/test/tap.sh
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
+. "$(dirname "$0")/tap.sh"
 
 # fake NAME 'shell text': a test that does just that
 fake() {

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # Layouts of a Llama, and what verify refuses: dev/test/verify_layouts.sh.
-cd "$(dirname "$0")/../.."
-. dev/test/verify_layouts.sh
+. "$(dirname "$0")/verify_layouts.sh"
 
 verify llama tiny_llama dp2,tp2,tp4,pp2,pp4,afab,pp2afab,pp2vp2,dp2z3,tp2dp2z2,tp4pp2,dp2tp2pp2,dp2tp2pp2det,tp2pp2vp2 \
     model.num_hidden_layers=6 batch.recompute=block data.document_mask=true

@@ -3,6 +3,12 @@
 #   check "text" command args...    ok if the command exits 0; otherwise its output follows as comments
 #   skip_test "text" "why"
 #   finish                          prints the plan and exits, 1 if anything failed
+#
+# The test is in the project's directory, and $work is an empty one of its own that goes away with it.
+
+cd "$(dirname "${BASH_SOURCE[0]}")/../.." || exit 73
+work=$(mktemp -d) || exit 73
+trap 'rm -rf "$work"' EXIT
 
 tap_count=0
 tap_failed=0

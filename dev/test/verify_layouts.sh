@@ -1,10 +1,7 @@
 # Sourced by the tests of the matrix of layouts, e2e_verify*.sh: each layout computes what one process does, and what the
 # contract calls bitwise is equal to the bit (dev/doc/numerics.md). They are two, so that they run beside each other.
 set -u
-. dev/test/tap.sh
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-program=${TRAIN_GPT:-./train_gpt_emu}
+. "$(dirname "$0")/tap.sh"
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 . dev/test/small_corpus.sh
 
