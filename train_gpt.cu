@@ -194,8 +194,9 @@ struct GPT {
     Device device;
     cudaStream_t stream, copy_stream;
     cudaEvent_t step_done, snapshot_done;
-    int *step_batch[2], *eval_batch; // pinned: the micro-batches of this step and of the next; one more
-    int *order_counts, *starts;      // scratch of token_order and of document_starts
+    cudaEvent_t step_begun, own_work_done; // until others are waited for
+    int *step_batch[2], *eval_batch;       // pinned: the micro-batches of this step and of the next; one more
+    int *order_counts, *starts;            // scratch of token_order and of document_starts
     int step_slot, step_micro_batches;
     float* host_losses;        // (cp, N) pinned
     float* row_losses;         // (B, cp T): the same, as rows
@@ -668,7 +669,7 @@ template <typename Grad> static void reduce_gradients(GPT* g, int b, bool last_m
     Grad *grads = bucket_gradients<Grad>(g, b), *mine = slice_gradients<Grad>(g, b);
     size_t share = bucket.size / (size_t)g->place.dp_size;
     if (!g->grad_windows && !last_micro_batch) return;
-    g->comm.layer = b - 1;
+    flight()->layer = b - 1;
     sum_replicas<Grad>(g, b);
     if (g->place.dp_size == 1 && !g->grad_windows) return;
     hand_over(g, g->stream, g->comm_stream);
@@ -768,7 +769,7 @@ static void block_forward(GPT* g, const Pass* pass, int l, int B) {
     int N = B * g->T, NS = N / g->place.tp_size, C = c->hidden_size, FF = c->intermediate_size;
 
     nvtxRangePushA("block_forward");
-    g->comm.layer = l;
+    flight()->layer = l;
     use_weights(g, 1 + l, 2 + l);
     block_forward_inside(g, pass, l, B);
     LayerActivations* a = activations_of(pass, l);
@@ -902,7 +903,7 @@ template <typename Grad> static void block_backward(GPT* g, const Pass* pass, in
     bool norms_again = g->recompute >= RECOMPUTE_NORM;
 
     nvtxRangePushA("block_backward");
-    g->comm.layer = l;
+    flight()->layer = l;
     use_weights(g, 1 + l, l);
     begin_gradients(g, 1 + l);
     Parameters<floatX> p = weights_of(g, l);
@@ -948,7 +949,7 @@ template <typename Grad> static void block_weight_gradients(GPT* g, const Pass* 
     TensorParallel* tp = &g->tp;
 
     nvtxRangePushA("block_weight_gradients");
-    g->comm.layer = l;
+    flight()->layer = l;
     row_parallel_weight_gradient(dp.fcprojw, dp.fcprojb, dfcproj, a->act, N, FF, C, mm, tp);
     column_parallel_weight_gradient(dp.fcw, dp.fcb, dfc, a->ln2, N, C, FC, mm, tp);
     row_parallel_weight_gradient(dp.attprojw, dp.attprojb, dattproj, a->att, N, Q, C, mm, tp);
@@ -1037,7 +1038,9 @@ static void forward_pass(GPT* g, const Pass* pass, const int* batch, int B) {
     if (!pass->embedding)
         receive_from(g, ACTIVATIONS_IN, pass->input->residual, link_axis(g, AXIS_FORWARD, before), before, n,
                      pass->input->read, pass->input->received);
+    int record = comm_begin_compute(&g->comm, "forward", g->stream);
     chunk_forward(g, pass, B);
+    comm_end_compute(&g->comm, record, g->stream);
     if (pass->head) return;
     send_to(g, ACTIVATIONS_OUT, residual_into(pass, pass->end), link_axis(g, AXIS_FORWARD, g->place.pp),
             after, n);
@@ -1051,7 +1054,9 @@ template <typename Grad> static void backward_pass(GPT* g, const Pass* pass) {
     if (!pass->head)
         receive_from(g, GRADIENTS_IN, g->dresidual, link_axis(g, AXIS_BACKWARD, g->place.pp), after, n,
                      g->gradient_free[turn], g->gradient_received[turn]);
+    int record = comm_begin_compute(&g->comm, "backward", g->stream);
     chunk_backward<Grad>(g, pass, g->B);
+    comm_end_compute(&g->comm, record, g->stream);
     CUDA_CHECK(cudaEventRecord(pass->input->read, g->stream));
     if (!pass->embedding)
         send_to(g, GRADIENTS_OUT, g->dresidual, link_axis(g, AXIS_BACKWARD, before), before, n);
@@ -1062,6 +1067,7 @@ template <typename Grad> static void backward_pass(GPT* g, const Pass* pass) {
 // Any operation of the schedule's list.
 template <typename Grad> static void run_pass(GPT* g, const PipelineOp* op, const int* batch) {
     Pass pass = pass_of(g, op, g->step_micro_batches);
+    int record;
     switch (op->kind) {
     case PIPELINE_FORWARD:
         forward_pass(g, &pass, batch, g->B);
@@ -1071,7 +1077,9 @@ template <typename Grad> static void run_pass(GPT* g, const PipelineOp* op, cons
         backward_pass<Grad>(g, &pass);
         break;
     case PIPELINE_BACKWARD_WEIGHT:
+        record = comm_begin_compute(&g->comm, "weight gradients", g->stream);
         for (int l = pass.end - 1; l >= pass.first; l--) block_weight_gradients<Grad>(g, &pass, l);
+        comm_end_compute(&g->comm, record, g->stream);
         break;
     }
 }
@@ -1172,7 +1180,9 @@ void gpt_load_batch(GPT* g, const int32_t* rows, int num_rows, bool document_mas
 template <typename Grad, typename Moment>
 static void update_launch(GPT* g, const RunConfig* run, double num_targets) {
     const Layout* l = &g->place;
+    CUDA_CHECK(cudaEventRecord(g->own_work_done, g->stream));
     hand_over(g, g->comm_stream, g->stream);
+    int record = comm_begin_compute(&g->comm, "update", g->stream);
     if (g->config.tie_word_embeddings && (has_embedding(l) || has_head(l)))
         comm_all_reduce(&g->comm, AXIS_TIED, slice_gradients<Grad>(g, 0), state_slice(g, 0).size, g->stream);
     for (int b = 0; b < num_buckets(g); b++) { // each rank counts a share, also where it has more
@@ -1194,6 +1204,7 @@ static void update_launch(GPT* g, const RunConfig* run, double num_targets) {
                                        g->stream));
         gather_weights(g, b);
     }
+    comm_end_compute(&g->comm, record, g->stream);
 }
 
 static void update(GPT* g, const RunConfig* run, double num_targets) {
@@ -1213,6 +1224,7 @@ static void update(GPT* g, const RunConfig* run, double num_targets) {
 void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_steps, int requests) {
     size_t micro_batch = NUM_BATCH_ARRAYS * rows_of(g);
     nvtxRangePushA("step");
+    CUDA_CHECK(cudaEventRecord(g->step_begun, g->stream));
     step_control_begin(g->control, lr, applied_steps, requests, g->stream);
     for (int i = 0; g->use_graph && i < g->step_micro_batches; i++) {
         upload_batch(g, &g->slots[0], g->step_batch[g->step_slot] + (size_t)i * micro_batch);
@@ -1229,7 +1241,10 @@ void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_st
 StepResult gpt_finish_step(GPT* g) {
     StepResult r;
     CUDA_CHECK(cudaEventSynchronize(g->step_done));
+    float own;
     memset(&r, 0, sizeof r);
+    CUDA_CHECK(cudaEventElapsedTime(&own, g->step_begun, g->own_work_done));
+    flight_own_work(1e-3 * (double)own);
     r.loss = g->host_control->loss, r.grad_norm = g->host_control->grad_norm;
     r.applied = g->host_control->applied != 0;
     r.requests = requests_of_sum(g->host_control->sums.requests);
@@ -1329,9 +1344,9 @@ static void for_streams(GPT* g, bool create) {
     }
 }
 
-static void for_event(cudaEvent_t* event, bool create) {
+static void for_event(cudaEvent_t* event, bool create, unsigned flags = cudaEventDisableTiming) {
     if (create)
-        CUDA_CHECK(cudaEventCreateWithFlags(event, cudaEventDisableTiming));
+        CUDA_CHECK(cudaEventCreateWithFlags(event, flags));
     else
         CUDA_CHECK(cudaEventDestroy(*event));
 }
@@ -1340,6 +1355,8 @@ static void for_events(GPT* g, bool create) {
     cudaEvent_t* events[] = {&g->step_done, &g->snapshot_done, &g->hand_over,
                              &g->tp.ready,  &g->cp.ready,      &g->cp.gathered};
     for (size_t i = 0; i < sizeof events / sizeof events[0]; i++) for_event(events[i], create);
+    for_event(&g->step_begun, create, cudaEventDefault),
+        for_event(&g->own_work_done, create, cudaEventDefault);
     for (int k = 0; k < TP_PIECES; k++) for_event(&g->tp.arrived[k], create);
     for (int b = 0; b < num_buckets(g); b++) for_event(&g->weights_ready[b], create);
     for (int i = 0; i < 2; i++)
@@ -1407,6 +1424,11 @@ bool gpt_create(GPT* g, const RunConfig* run, int B, int T, bool training, Error
 
 bool gpt_connect(GPT* g, Control* control, Error* err) {
     return comm_open(&g->comm, &g->place, kv_replicas(&g->run->model, &g->place), control, err);
+}
+
+void gpt_look(GPT* g, uint8_t progress[FLIGHT_RECORDS]) {
+    if (g->comm.watched) cudaSetDevice(g->device.number); // this thread's, which would otherwise be the first
+    comm_look(&g->comm, progress);
 }
 
 void gpt_free(GPT* g) {

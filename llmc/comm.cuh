@@ -1,17 +1,11 @@
 // Communication between ranks. Every call goes through here, returns at once where its group has one rank, and
-// leaves a record of what it was.
-//
-//     world   everybody: the step's sums, checkpoints
-//     tp      ranks that share every matmul            kv      those of them with the same key/value head
-//     dp      ranks with the same weights              cp      those of them with the same rows of the batch
-//     tied    first and last stage: the embedding's matrix
-//     links   from a stage to the next and back, each with a communicator of its own, since operations of one
-//             communicator wait for each other: even stages' links, odd ones', and the one around
+// leaves a record of what it was (flight.h, which also says what the groups are). Events on both sides of each
+// operation tell the watchdog how far the device has got.
 //
 // Buffers of collectives are in place: a rank's part lies where it is in the whole.
 #pragma once
 #include "llmc/cuda_common.cuh" // defines: CUDA_CHECK
-#include "llmc/layout.h"        // defines: Layout
+#include "llmc/flight.h"        // defines: Axis, axis_color, flight, flight_record
 #include "llmc/rendezvous.h"    // defines: Control, control_broadcast
 
 #ifdef USE_NCCL
@@ -22,48 +16,19 @@ typedef int ncclDataType_t;
 enum { ncclFloat, ncclBfloat16, ncclInt64 };
 #endif
 
-enum Axis {
-    AXIS_WORLD,
-    AXIS_TP,
-    AXIS_DP,
-    AXIS_KV,
-    AXIS_CP,
-    AXIS_TIED,
-    AXIS_FORWARD, // links of even stages, of odd ones, around
-    AXIS_BACKWARD = AXIS_FORWARD + 3,
-    NUM_AXES = AXIS_BACKWARD + 3
-};
-static const char* const axis_names[NUM_AXES] = {"world",
-                                                 "tensor parallel",
-                                                 "data parallel",
-                                                 "key/value heads",
-                                                 "context parallel",
-                                                 "tied embedding",
-                                                 "pipeline forward",
-                                                 "pipeline forward",
-                                                 "pipeline forward",
-                                                 "pipeline backward",
-                                                 "pipeline backward",
-                                                 "pipeline backward"};
-
 typedef struct {
     ncclComm_t comm;
     int rank, size;
 } Group;
 
-// What the last operations were, newest at (count - 1) % COMM_RECORDS.
-enum { COMM_RECORDS = 256 };
-typedef struct {
-    const char* what;
-    int axis, layer;
-    size_t bytes; // of a rank's part
-} CommRecord;
-
 typedef struct {
     Group group[NUM_AXES];
-    CommRecord records[COMM_RECORDS];
-    uint64_t count;
-    int layer; // that the program is at
+    // of each operation in the flight recorder: its stream, and where the device is before and behind it
+    cudaStream_t streams[FLIGHT_RECORDS];
+    cudaEvent_t before[FLIGHT_RECORDS], behind[FLIGHT_RECORDS];
+    bool watched;        // there are events
+    bool together;       // between comm_begin and comm_end
+    uint64_t open_since; // flight records at comm_begin
 } Comm;
 
 // ----------------------------------------------------------------------------
@@ -76,38 +41,66 @@ template <typename X> static inline ncclDataType_t nccl_type(void) {
 #ifdef USE_NCCL
 static inline void nccl_check(const Comm* c, ncclResult_t status, const char* file, int line) {
     if (status == ncclSuccess) return;
-    const CommRecord* r = &c->records[(c->count + COMM_RECORDS - 1) % COMM_RECORDS];
-    internal_error(file, line, "rank %d: NCCL: %s; the last operation was %s of %zu bytes (%s, layer %d)",
-                   c->group[AXIS_WORLD].rank, ncclGetErrorString(status), r->what != NULL ? r->what : "none",
-                   r->bytes, axis_names[r->axis], r->layer);
+    const Flight* f = flight();
+    const FlightRecord* r = &f->records[(f->count + FLIGHT_RECORDS - 1) % FLIGHT_RECORDS];
+    Error err = {0, {0}};
+    fail(&err, EXIT_LOST, "rank %d: NCCL: %s; the last record is %s of %zu bytes (%s, layer %d)",
+         c->group[AXIS_WORLD].rank, ncclGetErrorString(status), r->what != NULL ? r->what : "nothing",
+         r->bytes, r->axis >= 0 ? axis_names[r->axis] : "a phase", r->layer);
+    if (status != ncclRemoteError && status != ncclSystemError) internal_error(file, line, "%s", err.text);
+    sleep(LOST_PATIENCE);
+    exit_with(&err);
 }
 #define NCCL_CHECK(c, call) nccl_check((c), (call), __FILE__, __LINE__)
 #else
 #define NCCL_CHECK(c, call) CHECK(!"more than one rank without NCCL")
 #endif
 
-static inline Group* comm_record(Comm* c, int axis, const char* what, size_t bytes) {
-    CommRecord record = {what, axis, c->layer, bytes};
-    c->records[c->count++ % COMM_RECORDS] = record;
-    return &c->group[axis];
+static inline void comm_mark(Comm* c, cudaEvent_t* event, cudaStream_t stream) {
+    if (!c->watched) return;
+    if (*event == NULL) CUDA_CHECK(cudaEventCreateWithFlags(event, cudaEventDisableTiming));
+    CUDA_CHECK(cudaEventRecord(*event, stream));
+}
+
+// One operation, between its events: call(communicator). peer: that a message goes to or comes from, else -1.
+template <typename Call>
+static inline void comm_run(Comm* c, int axis, const char* what, size_t bytes, int peer, cudaStream_t stream,
+                            Call call) {
+    int i = flight_record(axis, what, bytes, peer);
+    c->streams[i] = stream;
+    comm_mark(c, &c->before[i], stream);
+    call(c->group[axis].comm);
+    if (!c->together) comm_mark(c, &c->behind[i], stream);
+}
+
+// A computation begins in the stream, and ends.
+static inline int comm_begin_compute(Comm* c, const char* what, cudaStream_t stream) {
+    int i = flight_record(AXIS_COMPUTE, what, 0, -1);
+    comm_mark(c, &c->before[i], stream);
+    return i;
+}
+static inline void comm_end_compute(Comm* c, int record, cudaStream_t stream) {
+    comm_mark(c, &c->behind[record], stream);
 }
 
 // data (n) = its sum over the group
 template <typename X>
 static inline void comm_all_reduce(Comm* c, int axis, X* data, size_t n, cudaStream_t stream) {
     if (c->group[axis].size == 1 || n == 0) return;
-    Group* g = comm_record(c, axis, "all-reduce", n * sizeof(X));
-    NCCL_CHECK(c, ncclAllReduce(data, data, n, nccl_type<X>(), ncclSum, g->comm, stream));
-    (void)g, (void)data, (void)stream;
+    comm_run(c, axis, "all-reduce", n * sizeof(X), -1, stream, [=](ncclComm_t comm) {
+        NCCL_CHECK(c, ncclAllReduce(data, data, n, nccl_type<X>(), ncclSum, comm, stream));
+        (void)comm, (void)data;
+    });
 }
 
 // data (size, n): every rank's part (n), from where it lies
 template <typename X>
 static inline void comm_all_gather(Comm* c, int axis, X* data, const X* part, size_t n, cudaStream_t stream) {
     if (c->group[axis].size == 1 || n == 0) return;
-    Group* g = comm_record(c, axis, "all-gather", n * sizeof(X));
-    NCCL_CHECK(c, ncclAllGather(part, data, n, nccl_type<X>(), g->comm, stream));
-    (void)g, (void)data, (void)part, (void)stream;
+    comm_run(c, axis, "all-gather", n * sizeof(X), -1, stream, [=](ncclComm_t comm) {
+        NCCL_CHECK(c, ncclAllGather(part, data, n, nccl_type<X>(), comm, stream));
+        (void)comm, (void)data, (void)part;
+    });
 }
 
 // part (n) = the sum over the group of this rank's part of data (size, n)
@@ -115,30 +108,51 @@ template <typename X>
 static inline void comm_reduce_scatter(Comm* c, int axis, X* part, const X* data, size_t n,
                                        cudaStream_t stream) {
     if (c->group[axis].size == 1 || n == 0) return;
-    Group* g = comm_record(c, axis, "reduce-scatter", n * sizeof(X));
-    NCCL_CHECK(c, ncclReduceScatter(data, part, n, nccl_type<X>(), ncclSum, g->comm, stream));
-    (void)g, (void)data, (void)part, (void)stream;
+    comm_run(c, axis, "reduce-scatter", n * sizeof(X), -1, stream, [=](ncclComm_t comm) {
+        NCCL_CHECK(c, ncclReduceScatter(data, part, n, nccl_type<X>(), ncclSum, comm, stream));
+        (void)comm, (void)data, (void)part;
+    });
 }
 
 template <typename X>
 static inline void comm_send(Comm* c, int axis, const X* data, size_t n, int to, cudaStream_t stream) {
-    Group* g = comm_record(c, axis, "send", n * sizeof(X));
-    NCCL_CHECK(c, ncclSend(data, n, nccl_type<X>(), to, g->comm, stream));
-    (void)g, (void)data, (void)to, (void)stream;
+    comm_run(c, axis, "send", n * sizeof(X), to, stream, [=](ncclComm_t comm) {
+        NCCL_CHECK(c, ncclSend(data, n, nccl_type<X>(), to, comm, stream));
+        (void)comm, (void)data, (void)to;
+    });
 }
 template <typename X>
 static inline void comm_receive(Comm* c, int axis, X* data, size_t n, int from, cudaStream_t stream) {
-    Group* g = comm_record(c, axis, "receive", n * sizeof(X));
-    NCCL_CHECK(c, ncclRecv(data, n, nccl_type<X>(), from, g->comm, stream));
-    (void)g, (void)data, (void)from, (void)stream;
+    comm_run(c, axis, "receive", n * sizeof(X), from, stream, [=](ncclComm_t comm) {
+        NCCL_CHECK(c, ncclRecv(data, n, nccl_type<X>(), from, comm, stream));
+        (void)comm, (void)data, (void)from;
+    });
 }
 
 // What stands between these is one operation.
-static inline void comm_begin(const Comm* c) {
-    if (c->group[AXIS_WORLD].size > 1) NCCL_CHECK(c, ncclGroupStart());
+static inline void comm_begin(Comm* c) {
+    if (c->group[AXIS_WORLD].size == 1) return;
+    NCCL_CHECK(c, ncclGroupStart());
+    c->together = true, c->open_since = flight()->count;
 }
-static inline void comm_end(const Comm* c) {
-    if (c->group[AXIS_WORLD].size > 1) NCCL_CHECK(c, ncclGroupEnd());
+static inline void comm_end(Comm* c) {
+    if (c->group[AXIS_WORLD].size == 1) return;
+    NCCL_CHECK(c, ncclGroupEnd());
+    uint64_t end = flight()->count,
+             first = end - c->open_since > FLIGHT_RECORDS ? end - FLIGHT_RECORDS : c->open_since;
+    for (uint64_t k = first; k < end; k++)
+        comm_mark(c, &c->behind[k % FLIGHT_RECORDS], c->streams[k % FLIGHT_RECORDS]);
+    c->together = false;
+}
+
+// How far the device is with the operations of the flight recorder: each is OPERATION_ISSUED, BEGUN or ENDED. Called by
+// another thread than the one that communicates.
+static inline void comm_look(const Comm* c, uint8_t progress[FLIGHT_RECORDS]) {
+    for (int i = 0; i < FLIGHT_RECORDS; i++) {
+        bool begun = c->before[i] != NULL && cudaEventQuery(c->before[i]) == cudaSuccess;
+        bool ended = begun && c->behind[i] != NULL && cudaEventQuery(c->behind[i]) == cudaSuccess;
+        progress[i] = ended ? OPERATION_ENDED : begun ? OPERATION_BEGUN : OPERATION_ISSUED;
+    }
 }
 
 // ----------------------------------------------------------------------------
@@ -163,15 +177,11 @@ static inline bool comm_connect(Comm* c, const Layout* l, int replicas, Control*
         return fail(err, EXIT_NO_DEVICE,
                     "NCCL cannot connect rank %d of %d: %s (%s); NCCL_DEBUG=INFO says more", l->rank, l->size,
                     ncclGetErrorString(status), ncclGetLastError(NULL));
-    int stage = l->dp + l->dp_size * l->pp, column = l->tp + l->tp_size * l->dp;
-    comm_split(c, AXIS_TP, stage, l->tp);
-    comm_split(c, AXIS_DP, l->tp + l->tp_size * l->pp, l->dp);
-    comm_split(c, AXIS_KV, stage * l->tp_size + l->tp / replicas, l->tp);
-    comm_split(c, AXIS_CP, l->tp + l->tp_size * (replica(l) + num_replicas(l) * l->pp), l->cp);
-    bool tied = l->pp == 0 || l->pp == l->pp_size - 1;
-    comm_split(c, AXIS_TIED, tied ? column : l->size + l->rank, l->pp);
-    for (int axis = AXIS_FORWARD; axis < NUM_AXES && l->pp_size > 1; axis++)
-        comm_split(c, axis, column, l->pp);
+    for (int axis = AXIS_WORLD + 1; axis < (l->pp_size > 1 ? NUM_AXES : AXIS_FORWARD); axis++) {
+        int key, color = axis_color(l, axis, replicas, &key);
+        comm_split(c, axis, color, key);
+    }
+    __atomic_store_n(&c->watched, true, __ATOMIC_RELEASE);
     return true;
 }
 #endif
@@ -203,5 +213,9 @@ static inline void comm_close(Comm* c) {
     for (int i = NUM_AXES - 1; i >= 0; i--)
         if (c->group[i].comm != NULL) NCCL_CHECK(c, ncclCommDestroy(c->group[i].comm));
 #endif
+    for (int i = 0; i < FLIGHT_RECORDS; i++) {
+        if (c->before[i] != NULL) CUDA_CHECK(cudaEventDestroy(c->before[i]));
+        if (c->behind[i] != NULL) CUDA_CHECK(cudaEventDestroy(c->behind[i]));
+    }
     memset(c, 0, sizeof *c);
 }

@@ -261,11 +261,14 @@ static inline void print_usage(FILE* out, const char* program) {
     for (int i = 0; i < NUM_COMMANDS; i++)
         fprintf(out, "  %-6s RUN.json %-8s %s\n", commands[i].name,
                 commands[i].argument != NULL ? commands[i].argument : "", commands[i].does);
-    fprintf(out, "  checkpoint verify|info|diff DIR [DIR]   check, describe or compare checkpoints\n"
-                 "  help config                             every key of a run config, as a table\n\n"
-                 "exit codes: 0 done, 64 usage, 65 damaged data, 66 missing file, 69 no usable GPU,\n"
-                 "            70 diverged or internal, 71 out of memory, 73 cannot create, 74 I/O error,\n"
-                 "            75 stopped by a signal after saving (run again to go on), 78 run config\n");
+    fprintf(
+        out,
+        "  checkpoint verify|info|diff DIR [DIR]   check, describe or compare checkpoints\n"
+        "  help config                             every key of a run config, as a table\n\n"
+        "exit codes: 0 done, 64 usage, 65 damaged data, 66 missing file, 69 no usable GPU,\n"
+        "            70 diverged or internal, 71 out of memory, 73 cannot create, 74 I/O error,\n"
+        "            75 stopped by a signal after saving, 76 another process ended or hangs (run again to\n"
+        "            go on after both), 78 run config\n");
 }
 
 static inline int run_checkpoint_command(int argc, char** argv) {
@@ -307,6 +310,8 @@ static inline bool meet(Trainer* t, const Launch* launch, Error* err) {
     bool ok = control_open(&t->control, launch, job.data, patience, err);
     string_append(&job, "checkpoints");
     ok = ok && control_open(&t->save_control, launch, job.data, patience, err);
+    string_append(&job, "watchdog");
+    ok = ok && control_open(&t->watchdog.control, launch, job.data, patience, err);
     free(job.data);
     // a checkpoint takes longer than a start, and who reads and who writes it takes not the same time
     t->control.timeout = t->save_control.timeout = patience > 3600 ? patience : 3600;
@@ -315,12 +320,25 @@ static inline bool meet(Trainer* t, const Launch* launch, Error* err) {
     return ok;
 }
 
-// Every process knows an error that they agreed on; it is said once.
+// One process on a CPU may take its time.
+static inline void watch(Trainer* t, const Launch* launch) {
+    Watchdog* w = &t->watchdog;
+    if (t->run.parallel.hang_seconds_max == 0 || (t->control.size == 1 && !t->program->asynchronous)) return;
+    w->run = &t->run, w->gpt = t->gpt;
+    w->main = &t->control, w->saver = &t->save_control, w->metrics = &t->metrics;
+    w->mine.local_rank = launch->local_rank;
+    flight_phase(PHASE_START, 0);
+    watchdog_start(w);
+}
+
+// Every process knows an error that they agreed on; it is said once. That another one is gone the watchdog says.
 static inline void end_with(Trainer* t, const Error* err) {
-    bool silent = t->agreed && t->control.rank > 0;
-    trainer_close(t);
-    if (silent) exit(err->code);
-    exit_with(err);
+    const Error agreed = {0, {0}};
+    if (err->code == EXIT_LOST && !t->agreed && t->watchdog.running) sleep(LOST_PATIENCE);
+    fflush(stdout);
+    if (!t->agreed || t->control.rank == 0) fprintf(stderr, "error: %s\n", err->text);
+    trainer_close(t, t->agreed ? &agreed : err);
+    exit(err->code);
 }
 
 // parallel.automatic: the first process chooses, for all of them.
@@ -379,13 +397,14 @@ static inline int run_with_config(const Program* program, const Command* command
     if (!config_load(run, argv[0], argc - used, argv + used, &err)) exit_with(&err);
     gpt_choose_device(launch->local_rank);
     if (!meet(&trainer, launch, &err)) exit_with(&err);
+    watch(&trainer, launch);
     bool ok = find_place(&trainer, command, training, &err);
     if (!agree(&trainer, &err) || !ok) end_with(&trainer, &err);
     if (run->parallel.threads > 0) omp_set_num_threads(run->parallel.threads);
     ok = command->run(&trainer, argument, &err);
     ok = ok && (command->run == command_train || flush_output(&err)); // a training run has its log
     if (!ok) end_with(&trainer, &err);
-    trainer_close(&trainer);
+    trainer_close(&trainer, &err);
     return EXIT_OK;
 }
 

@@ -311,6 +311,10 @@ static inline bool check_rules(const ConfigReader* r, RunConfig* run) {
         return fail_rule(r, "eval", "every", "data.validation is empty: name the shards to evaluate on");
     if (run->sample.every > 0 && run->data.tokenizer[0] == '\0')
         return fail_rule(r, "sample", "every", "data.tokenizer is empty: name what turns tokens into text");
+    if (run->parallel.hang_seconds_max != 0 &&
+        run->parallel.hang_seconds_max < run->parallel.hang_seconds_min)
+        return fail_rule(r, "parallel", "hang_seconds_max",
+                         "0, or at least hang_seconds_min, %d, is possible", run->parallel.hang_seconds_min);
     if (run->log.run_dir[0] == '\0') return fail_rule(r, "log", "run_dir", "a directory is wanted");
     return true;
 }

@@ -51,6 +51,7 @@ typedef struct {
         int zero_stage;        // a ZeroStage
         bool deterministic, automatic;
         int start_timeout; // seconds
+        int hang_seconds_min, hang_seconds_max;
     } parallel;
     Layout layout; // where this process is in it; not a knob
     struct {
@@ -183,6 +184,10 @@ static const Knob knobs[] = {
         "GPU: takes the fastest layout that fits, by `layouts`; the sizes and `zero_stage` above do not count"},
     {"parallel", "start_timeout", KNOB_INT, AT(parallel.start_timeout), "300", 1, 86400, NULL,
         "seconds that ranks wait for each other at the start"},
+    {"parallel", "hang_seconds_min", KNOB_INT, AT(parallel.hang_seconds_min), "60", 1, 86400, NULL,
+        "a rank that is silent for so long ends the run; so does one that takes 5 times as long as ever, and this long"},
+    {"parallel", "hang_seconds_max", KNOB_INT, AT(parallel.hang_seconds_max), "1800", 0, 864000, NULL,
+        "a rank ends the run that takes so long for a step, a save or its start; 0: nobody watches"},
     {"precision", "compute", KNOB_CHOICE, AT(precision.compute), "\"auto\"", 0, 0, "auto|fp32|tf32|bf16",
         "what the inputs of matmuls are rounded to, sums are fp32; auto: bf16 in `train_gpt`, else fp32"},
     {"precision", "master_weights", KNOB_CHOICE, AT(precision.master_weights), "\"fp32\"", 0, 0, "fp32|bf16",

@@ -15,6 +15,7 @@ typedef struct {
     int rank, size;
     int* sockets;   // rank 0: one for each rank, its own is -1; others: sockets[0]; -1: closed after an error
     double timeout; // seconds that any call may wait, <= 0: for ever; the caller may change it
+    bool waiting;   // atomic: for another process
 } Control;
 
 typedef struct {
@@ -80,7 +81,7 @@ static inline bool control_late(Control* c, const Part* parts, int count, Error*
     for (int i = 0; i < count; i++) late[i] = parts[i].left > 0;
     if (c->rank == 0) ranks_listed(late, count, list);
     free(late);
-    return fail(err, EXIT_OS, "rank %d waited %g s for rank %s of %d: it hangs, or needs longer", c->rank,
+    return fail(err, EXIT_LOST, "rank %d waited %g s for rank %s of %d: it hangs, or needs longer", c->rank,
                 c->timeout, list, c->size);
 }
 
@@ -97,7 +98,7 @@ static inline bool control_move(Control* c, Part* parts, bool sending, Error* er
             if (parts[i].left > 0 && (first || polls[i].revents != 0)) {
                 errno = EPIPE;
                 if (c->sockets[i] < 0 || !part_move(c->sockets[i], &parts[i], sending))
-                    ok = fail(err, EXIT_OS, "rank %d lost rank %d of %d: %s; its own messages say more",
+                    ok = fail(err, EXIT_LOST, "rank %d lost rank %d of %d: %s; its own messages say more",
                               c->rank, i, c->size, errno == 0 ? "it ended" : strerror(errno));
             }
             polls[i].fd = parts[i].left > 0 ? c->sockets[i] : -1;
@@ -106,6 +107,7 @@ static inline bool control_move(Control* c, Part* parts, bool sending, Error* er
         }
         first = false;
         if (!ok || !more) break;
+        __atomic_store_n(&c->waiting, true, __ATOMIC_RELAXED);
         if (deadline_passed(deadline)) {
             ok = control_late(c, parts, count, err);
         } else if (poll(polls, (nfds_t)count, poll_wait(deadline)) < 0) {
@@ -113,6 +115,7 @@ static inline bool control_move(Control* c, Part* parts, bool sending, Error* er
             for (int i = 0; i < count; i++) polls[i].revents = 0;
         }
     }
+    __atomic_store_n(&c->waiting, false, __ATOMIC_RELAXED);
     free(polls);
     if (!ok) control_break(c);
     return ok;

@@ -7,6 +7,7 @@ enum { OLDEST_ARCHITECTURE = 80 }; // bf16 tensor cores and cp.async came with s
 
 typedef struct {
     char name[256];
+    int number;          // among those that are visible
     int architecture;    // 90 for sm_90
     size_t memory;       // bytes
     int driver, runtime; // CUDA versions, 13000 for 13.0
@@ -53,6 +54,7 @@ static inline bool device_open(Device* device, Error* err) {
         (status = cudaGetDeviceProperties(&properties, number)) != cudaSuccess)
         return fail(err, EXIT_NO_DEVICE, "GPU %d cannot be used: %s", number, cudaGetErrorString(status));
     snprintf(device->name, sizeof device->name, "%s", properties.name);
+    device->number = number;
     device->architecture = 10 * properties.major + properties.minor;
     device->memory = properties.totalGlobalMem;
     if (device->architecture < OLDEST_ARCHITECTURE)

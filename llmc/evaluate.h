@@ -42,6 +42,7 @@ static inline bool evaluate(Trainer* t, Evaluation* e, Error* err) {
                  left = first < num_rows ? num_rows - first : 0;
         int now = left < (uint64_t)B ? (int)left : B, counted = now;
         if (now == 0) first = 0, now = 1;
+        flight_phase(PHASE_EVAL, t->state.step);
         for (int b = 0; ok && b < now; b++)
             ok = dataloader_row(&t->validation, first + (uint64_t)b, rows + (size_t)b * row, err);
         if (!ok) break;

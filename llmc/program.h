@@ -2,6 +2,7 @@
 // evaluates and generates. train_gpt.c and train_gpt.cu each define these functions for their own GPT.
 #pragma once
 #include "llmc/config.h"     // defines: RunConfig
+#include "llmc/flight.h"     // defines: FLIGHT_RECORDS
 #include "llmc/planner.h"    // defines: MemoryLine
 #include "llmc/rendezvous.h" // defines: Control
 
@@ -65,6 +66,10 @@ bool gpt_create(GPT* g, const RunConfig* run, int B, int T, bool training, Error
 void gpt_free(GPT* g);
 // Connects the processes of run->layout; where there is one it need not be called.
 bool gpt_connect(GPT* g, Control* control, Error* err);
+
+// How far the device is with what the flight recorder holds (OperationProgress of each record, phases excepted). For
+// another thread, at any time of the model's life.
+void gpt_look(GPT* g, uint8_t progress[FLIGHT_RECORDS]);
 
 HostState gpt_host_state(GPT* g);
 void gpt_from_host(GPT* g);     // the host's state, just read, becomes the model's

@@ -33,6 +33,13 @@ static inline void report_step(Trainer* t, const StepResult* r) {
     event_number(&line, "gflops", flops / 1e9);
     if (peak != 0) event_number(&line, "mfu", flops / peak);
     event_number(&line, "skipped_steps", (double)t->state.skipped_steps);
+    RankSeconds ranks;
+    if (watchdog_ranks(&t->watchdog, &ranks)) {
+        event_number(&line, "rank_seconds_min", ranks.min);
+        event_number(&line, "rank_seconds_median", ranks.median);
+        event_number(&line, "rank_seconds_max", ranks.max);
+        event_number(&line, "slowest_rank", ranks.slowest);
+    }
     metrics_textfile(&t->metrics, &line);
     event_end(&t->metrics, &line);
 }
@@ -58,6 +65,7 @@ static inline bool report_evaluation(Trainer* t, Error* err) {
 static inline bool report_samples(Trainer* t, Error* err) {
     for (int i = 0; i < t->run.sample.num_samples; i++) {
         String text = {NULL, 0, 0};
+        flight_phase(PHASE_SAMPLE, t->state.step);
         if (!generate(t, i, &text, err)) return false;
         printf("---- sample %d at step %llu\n", i + 1, (unsigned long long)t->state.step);
         print_escaped(stdout, text.data, text.size);
@@ -79,6 +87,7 @@ static inline bool finish_save(Trainer* t, Error* err) {
     const Saver* saver = &t->saver;
     unsigned long long step = saver->data.state.step;
     if (!saver->busy) return true;
+    flight_phase(PHASE_SAVE, step);
     if (!saver_finish(&t->saver, err)) return false;
     t->saved_step = step;
     printf("save %6llu | %s/step_%08llu in %.1f s\n", step, saver->directory, step, saver->seconds);
@@ -108,6 +117,7 @@ static inline void finish_save_or_warn(Trainer* t) {
 static inline bool save(Trainer* t, Error* err) {
     Saver* saver = &t->saver;
     finish_save_or_warn(t);
+    flight_phase(PHASE_SAVE, t->state.step);
     if (checkpoints_directory(t, saver->directory, err) == NULL) return false;
     t->tried_step = t->state.step, t->save_started = seconds_now();
     saver->gpt = t->gpt;
@@ -203,6 +213,7 @@ static inline bool after_step(Trainer* t, const Due* due, Error* err) {
 
 // The rows of the next step, for which it waits.
 static inline bool load_batch(Trainer* t, Prefetch* prefetch, Error* err) {
+    flight_phase(PHASE_DATA, t->state.step + 1);
     const int32_t* rows = prefetch_next(prefetch, err);
     if (rows == NULL) return false;
     gpt_load_batch(t->gpt, rows, t->run.batch.global_batch_size / num_replicas(&t->run.layout),
@@ -212,12 +223,14 @@ static inline bool load_batch(Trainer* t, Prefetch* prefetch, Error* err) {
 
 static inline void start_step(Trainer* t) {
     const TrainState* s = &t->state;
+    flight_phase(PHASE_STEP, s->step + 1);
     gpt_start_step(t->gpt, &t->run, learning_rate(&t->run, s->step), s->step - s->skipped_steps,
                    step_requests(t));
 }
 
 static inline StepResult finish_step(Trainer* t) {
     uint64_t rows = (uint64_t)t->run.batch.global_batch_size;
+    flight_phase(PHASE_STEP, t->state.step + 1);
     StepResult r = gpt_finish_step(t->gpt);
     r.lr = learning_rate(&t->run, t->state.step);
     guard_count(&t->state, r.applied);

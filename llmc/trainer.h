@@ -9,6 +9,7 @@
 #include "llmc/saver.h"           // defines: Saver, saver_finish
 #include "llmc/tokenizer.h"       // defines: Tokenizer
 #include "llmc/tokenizer_files.h" // defines: tokenizer_load, tokenizer_save_json
+#include "llmc/watchdog.h"        // defines: Watchdog, watchdog_start, watchdog_stop
 
 #include <sys/file.h>
 
@@ -20,7 +21,8 @@ typedef struct {
     char tokenizer_json[PATH_MAX]; // what checkpoints take along; "": no tokenizer
     int run_dir_fd;                // locked while training
     Control control, save_control; // the other processes; those of the threads that write checkpoints
-    bool agreed;                   // on the error that ends the run: the first process says it
+    Watchdog watchdog;
+    bool agreed; // on the error that ends the run: the first process says it
     DataLoader train, validation;
     int eot_id; // begins every document in the shards; -1: not known
     TrainState state;
@@ -39,7 +41,7 @@ typedef struct {
 static inline void trainer_init(Trainer* t, const Program* program) {
     memset(t, 0, sizeof *t);
     t->program = program, t->gpt = program->gpt;
-    t->control.size = t->save_control.size = 1;
+    t->control.size = t->save_control.size = t->watchdog.control.size = 1;
     t->bits_per_byte = NAN, t->metrics.fd = t->run_dir_fd = -1;
 }
 
@@ -49,10 +51,11 @@ static inline bool agree(Trainer* t, Error* err) {
     return !t->agreed;
 }
 
-// Waits for a checkpoint that is still being written.
-static inline void trainer_close(Trainer* t) {
+// Waits for a checkpoint that is still being written. err: what ended this process, where the others do not know of it.
+static inline void trainer_close(Trainer* t, const Error* err) {
     Error reported = {0, {0}};
     if (t->saver.busy) saver_finish(&t->saver, &reported);
+    watchdog_stop(&t->watchdog, err);
     dataloader_close(&t->train);
     dataloader_close(&t->validation);
     tokenizer_free(&t->tokenizer);

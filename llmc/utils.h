@@ -44,6 +44,7 @@ enum ExitCode {
     EXIT_CANNOT_WRITE = 73, // an output cannot be created
     EXIT_IO = 74,           // reading or writing failed half-way (disk full, I/O error)
     EXIT_STOPPED = 75,      // stopped by a signal after saving: run again to go on
+    EXIT_LOST = 76,         // another process of the run ended or hangs: run again to go on
     EXIT_CONFIG = 78,       // the run config
 };
 

@@ -250,7 +250,20 @@ cudaError_t emu_enqueue_polled(cudaStream_t handle, std::function<bool()> work) 
     append(stream, std::move(work), &error);
     return error;
 }
+// EMU_HANG=RANK:N: on this rank the N-th kernel, copy or fill never ends; =RANK:hN: the call that enqueues it does not.
+static bool hangs_here(bool host) {
+    static const char *setting = getenv("EMU_HANG"), *rank = getenv("RANK");
+    static std::atomic<unsigned long> calls;
+    const char* number = setting != NULL ? strchr(setting, ':') : NULL;
+    if (number == NULL || atoi(setting) != atoi(rank != NULL ? rank : "0") || (number[1] == 'h') != host)
+        return false;
+    return ++calls == strtoul(number + (host ? 2 : 1), NULL, 10);
+}
+
 cudaError_t emu_enqueue(cudaStream_t handle, std::function<void()> work) {
+    if (hangs_here(false)) return emu_enqueue_polled(handle, [] { return false; });
+    if (hangs_here(true))
+        for (EmuLock lock;;) run_elsewhere(NULL); // the device goes on
     return emu_enqueue_polled(handle, [work = std::move(work)] {
         work();
         return true;

@@ -475,9 +475,9 @@ static void a_rank_that_dies_is_named(void** state) {
         start(&rank);
     }
     wait_for_all();
-    expect_error(0, EXIT_OS, "rank 0 lost rank 2 of 4");
-    expect_error(1, EXIT_OS, "rank 1 lost rank 0 of 4");
-    expect_error(3, EXIT_OS, "rank 3 lost rank 0 of 4");
+    expect_error(0, EXIT_LOST, "rank 0 lost rank 2 of 4");
+    expect_error(1, EXIT_LOST, "rank 1 lost rank 0 of 4");
+    expect_error(3, EXIT_LOST, "rank 3 lost rank 0 of 4");
     assert_true(results[0].seconds < 0.5);
 }
 
@@ -501,8 +501,8 @@ static void a_rank_that_hangs_is_named(void** state) {
         start(&rank);
     }
     wait_for_all();
-    expect_error(0, EXIT_OS, "rank 0 waited 0.4 s for rank 3 of 4");
-    expect_error(1, EXIT_OS, "lost rank 0");
+    expect_error(0, EXIT_LOST, "rank 0 waited 0.4 s for rank 3 of 4");
+    expect_error(1, EXIT_LOST, "lost rank 0");
     assert_true(results[1].seconds < 1);
 }
 
@@ -522,7 +522,7 @@ static void a_sender_survives_without_a_reader(void** state) {
     }
     wait_for_all();
     expect_met(0, 1);
-    expect_error(1, EXIT_OS, "rank 1 lost rank 0 of 2");
+    expect_error(1, EXIT_LOST, "rank 1 lost rank 0 of 2");
 }
 
 static bool waits_for_first(Control* c, Result* r, Error* err) {
@@ -540,7 +540,7 @@ static void a_first_that_hangs_is_named(void** state) {
         start(&rank);
     }
     wait_for_all();
-    expect_error(1, EXIT_OS, "rank 1 waited 0.3 s for rank 0 of 2");
+    expect_error(1, EXIT_LOST, "rank 1 waited 0.3 s for rank 0 of 2");
 }
 
 int main(void) {

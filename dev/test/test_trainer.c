@@ -222,7 +222,8 @@ static Outcome train(bool asynchronous, const char* run_dir, char* const* more) 
     o.ok = config_load(&trainer.run, "configs/tiny_llama.json", count, overrides, &o.err) &&
            gpt_resolve(&trainer.run, true, &o.err) && command_train(&trainer, NULL, &o.err);
     o.state = trainer.state;
-    trainer_close(&trainer);
+    Error none = {0, {0}};
+    trainer_close(&trainer, &none);
     fflush(stdout), fflush(stderr);
     CHECK(dup2(out, 1) >= 0 && dup2(errors, 2) >= 0);
     close(out), close(errors);

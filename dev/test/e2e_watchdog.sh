@@ -1,0 +1,144 @@
+#!/usr/bin/env bash
+# Ranks that die, are stopped, hang on the device or on the host, or fail alone: all end, the culprit is named, and the
+# run goes on from its newest checkpoint.
+set -u
+. "$(dirname "$0")/tap.sh"
+export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive LAUNCH_PATIENCE=20
+. dev/test/small_corpus.sh
+trap 'pkill -KILL -f "log.run_dir=$work/"; rm -rf "$work"' EXIT
+ranks=4 patience=4
+small=(batch.sequence_length=16 batch.micro_batch_size=1 batch.global_batch_size=8 schedule.max_steps=100000
+    schedule.warmup_steps=1 schedule.type=constant eval.every=0 eval.batches=1 model.num_hidden_layers=4
+    model.hidden_size=32 model.intermediate_size=64 parallel.hang_seconds_min=$patience)
+
+# start NAME [KEY=VALUE ...]: in the background; its exit code goes to NAME.code
+start() {
+    local name=$1
+    shift
+    (
+        dev/emu/launch -n $ranks ./train_gpt_emu train configs/tiny_llama.json "${data[@]}" "log.run_dir=$work/$name" \
+            "${small[@]}" "$@" >"$work/$name.out" 2>"$work/$name.err"
+        echo $? >"$work/$name.code"
+    ) &
+}
+over() { # NAME: waits until it has ended
+    for _ in $(seq 1200); do
+        [ ! -s "$work/$1.code" ] || return
+        sleep 0.05
+    done
+    echo "it did not end in a minute"
+}
+trains() { # NAME STEP: until it has done that step
+    for _ in $(seq 1200); do
+        grep -q "^step *$2/" "$work/$1.out" 2>/dev/null && return
+        sleep 0.05
+    done
+    cat "$work/$1.err"
+    return 1
+}
+rank_pid() { # NAME RANK
+    for pid in $(pgrep -f "^./train_gpt_emu train .*log.run_dir=$work/$1 "); do
+        tr '\0' '\n' <"/proc/$pid/environ" 2>/dev/null | grep -qx "RANK=$2" && echo "$pid"
+    done
+}
+ended() { # NAME CODE 'regular expression': one error, which says that
+    over "$1"
+    [ "$(cat "$work/$1.code")" = "$2" ] && [ "$(grep -c '^error: ' "$work/$1.err")" -eq 1 ] &&
+        grep -qE "^error: $3" "$work/$1.err" && return
+    echo "code $(cat "$work/$1.code"), not $2; $3"
+    cat "$work/$1.err"
+    return 1
+}
+recorded() { # NAME RANK ...: they, and nobody else, wrote what they had done last, with an operation that had not ended
+    local name=$1 file
+    shift
+    [ "$(ls "$work/$name/flight" | wc -l)" -eq $# ] || return 1
+    for rank in "$@"; do
+        file=$work/$name/flight/rank_0000$rank.jsonl
+        python3 -c 'import json, sys
+lines = [json.loads(line) for line in open(sys.argv[1])]
+assert lines[0]["rank"] == int(sys.argv[2]) and lines[0]["why"] and lines[0]["host"]
+assert any(line.get("progress") in ("begun", "issued") for line in lines[1:]), "all has ended"
+assert any(line["what"] == "computing" for line in lines[1:])' "$file" "$rank" || return 1
+    done
+}
+
+# killed, one after the other; the launcher returns the code of the rank that was killed
+for victim in 0 1 3; do
+    start killed$victim
+    check "a run of $ranks ranks gets on" trains killed$victim 3
+    kill -KILL "$(rank_pid killed$victim $victim)"
+    check "rank $victim is killed: the others end, and say so" ended killed$victim 137 \
+        "rank $victim of $ranks \(.+, GPU $victim\) has ended, in step [0-9]+ .*its own messages"
+    others=$(seq 0 3 | grep -v $victim)
+    # shellcheck disable=SC2086
+    check "and write what they were doing" recorded killed$victim $others
+    if [ $victim -gt 0 ]; then check "the log says it, too" grep -q '"event":"lost"' "$work/killed$victim/log.jsonl"; fi
+done
+
+start stopped
+check "a run to be stopped gets on" trains stopped 3
+kill -STOP "$(rank_pid stopped 2)"
+(sleep $((patience + 4)); kill -KILL "$(rank_pid stopped 2)") &
+check "rank 2 is stopped: the others find it silent" ended stopped 76 "rank 2 of 4 \(.+, GPU 2\) has said nothing for $patience s, last in step"
+check "and write what they were doing" recorded stopped 0 1 3
+
+start paused
+check "a run to be paused gets on" trains paused 3
+pkill -STOP -f "log.run_dir=$work/paused "
+sleep $((patience + 3))
+pkill -CONT -f "log.run_dir=$work/paused "
+check "a job that was stopped as a whole goes on" trains paused "$(($(grep -c ^step "$work/paused.out") + 20))"
+pkill -TERM -f "^./train_gpt_emu train .*log.run_dir=$work/paused "
+check "until it is told to end" ended paused 75 "stopped by signal 15"
+
+# hangs, of a kernel or copy (N) or of the call that enqueues one (hN), in each kind of layout
+hang() { # NAME RANK OPERATION [KEY=VALUE ...]
+    local name=$1 rank=$2 at=$3
+    shift 3
+    EMU_HANG=$rank:$at start "$name" "$@"
+    check "rank $rank hangs ($name, $at): it is named, and what the others wait for" ended "$name" 76 \
+        "rank $rank of $ranks \(.+, GPU $rank\) hangs: it has been computing for [0-9]+ s, in step [0-9]+, and rank [0-9] waits for it in (all-gather|all-reduce|reduce-scatter|send|receive) of [0-9]+ bytes \(.+\); see flight/"
+    check "$name: all of them wrote what they were doing" recorded "$name" 0 1 2 3
+}
+hang data_parallel 2 3001
+hang data_parallel_host 0 h2503
+hang zero_3 3 h2777 parallel.zero_stage=3
+hang tensor 1 3333 parallel.tensor_parallel_size=2
+hang pipeline 3 2950 parallel.pipeline_parallel_size=4
+hang pipeline_first 0 h3100 parallel.pipeline_parallel_size=4
+hang both 2 2111 parallel.pipeline_parallel_size=2 parallel.tensor_parallel_size=2
+hang context 1 2600 parallel.context_parallel_size=2 parallel.pipeline_parallel_size=2
+
+# one rank fails, of itself: the others end with its code
+cp -r "$work/data" "$work/spoilt"
+start spoilt "data.train=$work/spoilt/train_*.bin"
+check "a run whose data will be damaged gets on" trains spoilt 3
+truncate -s 2000 "$work/spoilt/train_000000.bin"
+fails_alone() {
+    over spoilt
+    local code
+    code=$(cat "$work/spoilt.code")
+    [ "$code" = 65 ] || [ "$code" = 74 ] && grep -q '^error: .*train_000000.bin' "$work/spoilt.err" && return
+    echo "code $code"
+    cat "$work/spoilt.err"
+    return 1
+}
+check "data that go away end all ranks with the same code" fails_alone
+
+# a slow rank: stopped for a while, again and again
+start slow schedule.max_steps=100000
+check "a run with a slow rank gets on" trains slow 3
+pid=$(rank_pid slow 1)
+for _ in $(seq 100); do
+    kill -STOP "$pid"
+    sleep 0.15
+    kill -CONT "$pid"
+    sleep 0.05
+    ! grep -q '^warning: rank 1 of 4 .*is slow' "$work/slow.err" || break
+done
+check "it is named" grep -qE '^warning: rank 1 of 4 \(.+, GPU 1\) is slow: [0-9.e-]+ s of its own work in a step, the median is' "$work/slow.err"
+check "the log compares ranks" grep -q '"rank_seconds_min":.*"slowest_rank":1' "$work/slow/log.jsonl"
+pkill -TERM -f "^./train_gpt_emu train .*log.run_dir=$work/slow "
+wait
+finish
