@@ -6,7 +6,7 @@
 #   dev/test/mutations.sh [FIRST [LAST]]     numbers of the list; all by default; `make mutations`
 #
 # The groups "layouts" and "overlap" are the trainer itself, as several processes (dev/test/layouts_quick.sh and
-# dev/test/e2e_overlap.sh: numbers, and time). A line of the list: FILE <tab> TEST GROUP <tab> OLD TEXT <tab> NEW TEXT
+# dev/test/e2e_overlap.sh: numbers, and time); test_NAME is a unit test, dev/test/test_NAME.c. A line of the list: FILE <tab> TEST GROUP <tab> OLD TEXT <tab> NEW TEXT
 # <tab> WHAT IT BREAKS, with \n for the end of a line. OLD TEXT stands in FILE exactly once, so that a list that no
 # longer fits the code is an error and not a mutation that was not made.
 set -u
@@ -16,8 +16,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cp -r Makefile ./*.c ./*.cu llmc dev scripts configs "$work"
 mkdir "$work/original" && cp -r ./*.c ./*.cu llmc dev "$work/original" # the tree may change meanwhile
-for group in $(cut -f 2 "$list" | sort -u); do
-    [ "$group" != layouts ] && [ "$group" != overlap ] || continue
+for group in $(cut -f 2 "$list" | grep -vE '^(layouts|overlap|test_.*)$' | sort -u); do
     [ "$group" != model ] || printf '#define TESTING\n#include "train_gpt.cu"\n' >"$work/$group.cu"
     printf '#include "dev/test/cuda_%s.cuh"\nint main(void) { test_%s(); return tap_finish(); }\n' "$group" "$group" \
         >>"$work/$group.cu"
@@ -25,6 +24,10 @@ done
 make -s -C "$work" DNNL=0 build/reference.o build/reference32.o build/test/simulated_step train_gpt_cpu corpus >/dev/null || exit 70
 build() { # GROUP
     local script=dev/test/layouts_quick.sh
+    if [[ $1 = test_* ]]; then
+        cd "$work" && make -s "build/test/$1" DNNL=0 && cp "build/test/$1" mutant
+        return
+    fi
     [ "$1" != overlap ] || script=dev/test/e2e_overlap.sh
     if [ "$1" = layouts ] || [ "$1" = overlap ]; then
         cd "$work" && printf '#!/bin/sh\nexec bash %s\n' $script >mutant && chmod +x mutant &&
