@@ -34,6 +34,7 @@
 #include "llmc/tensor_parallel.cuh"  // defines: column_parallel_forward, row_parallel_forward ...
 #include "llmc/dataloader.h"         // defines: document_starts
 #include "llmc/probe.cuh"            // defines: probe_rates
+#include "llmc/self_test.cuh"        // defines: self_test
 #include "llmc/program.h"            // defines: what the run asks of this program
 #include "llmc/token_order.h"        // defines: token_order
 
@@ -1828,6 +1829,8 @@ void program_versions(FILE* out) {
     fprintf(out, "built without NCCL\n");
 #endif
 }
+
+bool gpt_self_test(const RunConfig* run, Error* err) { return self_test(run->precision.compute, err); }
 
 // What a large matmul of this model and a copy reach on this GPU now, in a tenth of a second.
 void gpt_measure(const RunConfig* run, double* matmul_rate, double* copy_rate) {

@@ -4,6 +4,7 @@
 #include "llmc/fit.h"             // defines: check_memory
 #include "llmc/layout_search.h"   // defines: layout_search, layout_print, layout_plan_print
 #include "llmc/layout_resolve.h"  // defines: layout_resolve
+#include "llmc/self_test.h"       // defines: self_test_ranks
 #include "llmc/train_loop.h"      // defines: Trainer, train_loop, evaluate, generate
 #include "llmc/verify.h"          // defines: verify_layouts
 
@@ -90,6 +91,7 @@ static inline bool command_train(Trainer* t, const char* argument, Error* err) {
     ready = prompt_ok && (!first || choose_tokenizer_json(t, err)) &&
             gpt_create(t->gpt, run, run->batch.micro_batch_size, run->batch.sequence_length, true, err);
     if (!agree(t, err) || !ready) return false;
+    if (run->parallel.self_test && !self_test_ranks(t, err)) return false;
     if (!connect_model(t, err) || !load_or_init(t, &resumed, err)) return false;
     // where nothing is left to do, run_config.json stays that of the steps that were done
     bool finished = t->state.step >= (uint64_t)run->schedule.max_steps;

@@ -50,6 +50,7 @@ typedef struct {
         int pipeline_schedule; // a PipelineSchedule
         int zero_stage;        // a ZeroStage
         bool deterministic, automatic;
+        bool self_test;
         int start_timeout; // seconds
         int hang_seconds_min, hang_seconds_max;
     } parallel;
@@ -182,6 +183,8 @@ static const Knob knobs[] = {
         "GPU: gradients add up in the order of micro-batches: the same bits for any `data_parallel_size`"},
     {"parallel", "automatic", KNOB_BOOL, AT(parallel.automatic), "false", 0, 0, NULL,
         "GPU: takes the fastest layout that fits, by `layouts`; the sizes and `zero_stage` above do not count"},
+    {"parallel", "self_test", KNOB_BOOL, AT(parallel.self_test), "false", 0, 0, NULL,
+        "GPU: before training, is memory whole, is a matmul right, is a rank much slower than the others?"},
     {"parallel", "start_timeout", KNOB_INT, AT(parallel.start_timeout), "300", 1, 86400, NULL,
         "seconds that ranks wait for each other at the start"},
     {"parallel", "hang_seconds_min", KNOB_INT, AT(parallel.hang_seconds_min), "60", 1, 86400, NULL,

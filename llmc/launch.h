@@ -17,6 +17,15 @@ typedef struct {
     bool by_launcher; // somebody said so; else this is rank 0 of 1
 } Launch;
 
+// This machine; under Slurm, this node, as several may be on one machine.
+static inline void node_name(char out[64]) {
+    const char* node = getenv("SLURMD_NODENAME");
+    memset(out, 0, 64);
+    snprintf(out, 64, "%s", node != NULL ? node : "");
+    if (node == NULL) gethostname(out, 63);
+    replace_controls(out);
+}
+
 // A flag or an environment variable; value is NULL where it is not set.
 typedef struct {
     const char *name, *value;

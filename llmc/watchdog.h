@@ -18,6 +18,7 @@
 // was stopped as a whole may go on.
 #pragma once
 #include "llmc/flight.h"  // defines: flight, FlightRecord, axis_color, phase_names, axis_names
+#include "llmc/launch.h"  // defines: node_name
 #include "llmc/metrics.h" // defines: Metrics, event_begin, event_text, event_end
 #include "llmc/program.h" // defines: gpt_look, Control
 
@@ -494,11 +495,7 @@ static inline void* watch_main(void* argument) {
 
 // w->control is open; run, gpt, main, saver, metrics and mine.local_rank are set. Without a thread nobody watches.
 static inline void watchdog_start(Watchdog* w) {
-    const char* node =
-        getenv("SLURMD_NODENAME"); // where several nodes are on one machine, its name does not tell them
-    snprintf(w->mine.host, sizeof w->mine.host, "%s", node != NULL ? node : "");
-    if (node == NULL) gethostname(w->mine.host, sizeof w->mine.host - 1);
-    replace_controls(w->mine.host);
+    node_name(w->mine.host);
     w->peers = (WatchPeer*)calloc_check((size_t)watch_num_peers(w) + 1, sizeof *w->peers);
     for (int i = w->control.rank == 0 ? 1 : 0; i < watch_num_peers(w); i++) w->peers[i].there = true;
     pthread_mutex_init(&w->compare, NULL);

@@ -113,6 +113,7 @@ const char* emu_range(void); // nvtx.cc: the innermost open range, or ""
 // stream.cc
 
 // Puts into a stream what cannot be done in one go: it is called until it says true.
+void emu_stick(void); // EMU_FAULT=memory
 cudaError_t emu_enqueue_polled(cudaStream_t stream, std::function<bool()> work);
 // Between two attempts at something that another process must do first: gives up the processor, for longer and
 // longer while there is no progress.

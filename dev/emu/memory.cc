@@ -64,6 +64,14 @@ static void give_memory(const EmuAllocation* a) {
 // ----------------------------------------------------------------------------
 // allocation
 
+// EMU_FAULT=memory: after every operation the last bit of each large allocation's 1000th word is 1.
+void emu_stick(void) {
+    static const char* fault = getenv("EMU_FAULT");
+    if (fault == NULL || strcmp(fault, "memory") != 0) return;
+    for (const auto& a : allocations)
+        if (!a.second.pinned && a.second.bytes >= 1 << 20) ((uint32_t*)(void*)a.second.begin)[1000] |= 1;
+}
+
 static cudaError_t allocate(void** pointer, size_t bytes, bool pinned) {
     EmuLock lock;
     *pointer = NULL;

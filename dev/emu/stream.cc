@@ -266,6 +266,7 @@ cudaError_t emu_enqueue(cudaStream_t handle, std::function<void()> work) {
         for (EmuLock lock;;) run_elsewhere(NULL); // the device goes on
     return emu_enqueue_polled(handle, [work = std::move(work)] {
         work();
+        emu_stick();
         return true;
     });
 }

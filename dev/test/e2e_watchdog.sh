@@ -126,6 +126,30 @@ fails_alone() {
 }
 check "data that go away end all ranks with the same code" fails_alone
 
+# the self-test: the program is started by a shell, which breaks the GPU of one rank
+self_test() { # NAME 'what breaks it' 'regular expression': rank 2 is named, and its node
+    local code
+    dev/emu/launch -n $ranks sh -c "$2; exec ./train_gpt_emu train configs/tiny_llama.json \"\$@\"" sh "${data[@]}" \
+        "log.run_dir=$work/$1" "${small[@]}" parallel.self_test=true schedule.max_steps=1 >"$work/$1.out" 2>"$work/$1.err"
+    code=$?
+    if [ -z "$3" ]; then
+        [ $code -eq 0 ] && [ ! -e "$work/$1/BAD_NODE" ] && return
+    else
+        [ $code -eq 69 ] && grep -qE "^error: rank 2: $3" "$work/$1.err" && [ "$(cat "$work/$1/BAD_NODE")" = node_2 ] && return
+    fi
+    echo "code $code"
+    cat "$work/$1.err"
+    return 1
+}
+clock='export SLURMD_NODENAME=node_$RANK EMU_CLOCK=matmul=1e12,copy=1e12'
+check "GPUs that work pass the self-test" self_test works "$clock" ""
+check "bad memory is found" self_test memory "$clock; [ \$RANK != 2 ] || export EMU_FAULT=memory" "this GPU's memory is bad: 1 of [0-9]+ words"
+check "a wrong product is found" self_test matmul "$clock; [ \$RANK != 2 ] || export EMU_FAULT=matmul" "this GPU computes wrong: 1 of 262144 elements"
+check "a slow matmul is found" self_test slow "$clock; [ \$RANK != 2 ] || EMU_CLOCK=matmul=6e11,copy=1e12" \
+    "its GPU is slow: a matmul reaches 0.6 TFLOP/s, the median of 4 ranks is 1; leave node node_2 out"
+check "a slow copy is found" self_test copies "$clock; [ \$RANK != 2 ] || EMU_CLOCK=matmul=1e12,copy=6e11" "its GPU is slow: a copy reaches 0.6 TB/s"
+check "a little slower is not slow" self_test little "$clock; [ \$RANK != 2 ] || EMU_CLOCK=matmul=8e11,copy=8e11" ""
+
 # a slow rank: stopped for a while, again and again
 start slow schedule.max_steps=100000
 check "a run with a slow rank gets on" trains slow 3
