@@ -17,7 +17,6 @@
 // FC = FF, or 2 FF where a gate lies beside it. A gradient's name is its tensor's with a d in front.
 #include "llmc/commands.h"   // defines: program_main; the run, and what it asks of this program (program.h)
 #include "llmc/dataloader.h" // defines: document_starts
-#include "llmc/guard.h"      // defines: guard_accepts
 #include "llmc/layers_cpu.h" // defines: real, embedding_forward ... classifier
 #include "llmc/model.h"      // defines: ModelConfig, ParameterLayout, tensor_table
 #include "llmc/optimizer_cpu.h" // defines: adamw_update, global_norm_squared
@@ -484,7 +483,8 @@ void gpt_load_batch(GPT* g, const int32_t* rows, int num_rows, bool document_mas
     g->document_mask = document_mask, g->eot_id = eot_id;
 }
 
-void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_steps, int requests) {
+void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_steps, int requests,
+                    StepGuard guard) {
     int B = g->B;
     double num_targets = (double)g->num_rows * g->T, loss = 0; // training masks no target
     for (int row = 0; row < g->num_rows; row += B) {
@@ -496,7 +496,7 @@ void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_st
     }
     StepResult r = {.loss = loss / num_targets, .requests = requests};
     r.grad_norm = sqrt(global_norm_squared(g->grads, g->layout.num_parameters));
-    r.applied = guard_accepts(r.loss, r.grad_norm);
+    r.applied = guard_accepts(&guard, r.loss, r.grad_norm);
     double clip = run->optimizer.grad_clip;
     double grad_scale = clip > 0 && r.grad_norm > clip ? clip / r.grad_norm : 1.0;
     if (r.applied)

@@ -32,6 +32,7 @@
 #include "llmc/norm.cuh"             // defines: norm_forward, residual_norm_forward, norm_backward
 #include "llmc/rope.cuh"             // defines: rope_forward, rope_backward
 #include "llmc/tensor_parallel.cuh"  // defines: column_parallel_forward, row_parallel_forward ...
+#include "llmc/weights_hash.cuh"     // defines: hash_add
 #include "llmc/dataloader.h"         // defines: document_starts
 #include "llmc/probe.cuh"            // defines: probe_rates
 #include "llmc/self_test.cuh"        // defines: self_test
@@ -178,6 +179,7 @@ struct GPT {
     float* column_scratch; // partial sums of bias and norm gradients
     float* staging;        // (staging_elements) state on its way to the host and back
     size_t staging_elements;
+    unsigned long long* hashes; // (ranks) of what data-parallel ranks all have; NULL: nothing
     void *attention_scratch, *matmul_workspace;
     float* bias_scratch;
     Matmul matmul;
@@ -202,7 +204,9 @@ struct GPT {
     float* host_losses;        // (cp, N) pinned
     float* row_losses;         // (B, cp T): the same, as rows
     StepControl* host_control; // pinned: what the last step reported
-    float grad_scale;          // 1 / targets of a step
+    uint64_t* host_hashes;     // (ranks) the same; hashed: the step made them
+    bool hashed;
+    float grad_scale; // 1 / targets of a step
     bool use_graph, plans_made;
     cudaGraphExec_t micro_step_graph;
     HostState host; // pinned: the tensors that this rank reads and writes
@@ -349,6 +353,9 @@ static void lay_out_scratch(GPT* g, Arena* arena, bool training) {
     size_t widest = larger(larger(model_dim(c, DIM_QKV), model_dim(c, DIM_FC)), C);
     char* workspace;
     arena_take(&g->control, arena, 1);
+    bool replicas = g->place.dp_size > 1 && g->zero != ZERO_PARAMETERS;
+    if (training && replicas && g->run->guard.check_every > 0)
+        arena_take(&g->hashes, arena, (size_t)g->place.size);
     arena_take(&workspace, arena, matmul_workspace_bytes());
     g->matmul_workspace = workspace;
     if (c->family->position == POSITION_ROPE) {
@@ -1176,14 +1183,32 @@ void gpt_load_batch(GPT* g, const int32_t* rows, int num_rows, bool document_mas
                    g->B, document_mask, eot_id);
 }
 
+// Every rank's hash of what all of its data-parallel group should have: the weights, and with ZeRO 0 the optimizer's
+// state. Before the update: behind it, what ranks gather from each other hides that one of them differs.
+static void hash_replicas(GPT* g) {
+    size_t n = g->layout.num_parameters;
+    unsigned long long* mine = g->hashes + g->place.rank;
+    CUDA_CHECK(cudaMemsetAsync(mine, 0, sizeof *mine, g->stream));
+    hash_add(mine, g->params, n * sizeof(floatX), 1, g->stream);
+    if (g->zero == ZERO_NONE) {
+        if (g->remainder != NULL) hash_add(mine, g->remainder, n * sizeof(int16_t), 2, g->stream);
+        hash_add(mine, g->m, n * moment_bytes(g), 3, g->stream);
+        hash_add(mine, g->v, n * moment_bytes(g), 4, g->stream);
+    }
+    comm_all_gather(&g->comm, AXIS_WORLD, (long long*)g->hashes, (const long long*)mine, 1, g->stream);
+    CUDA_CHECK(cudaMemcpyAsync(g->host_hashes, g->hashes, (size_t)g->place.size * sizeof *g->hashes,
+                               cudaMemcpyDeviceToHost, g->stream));
+}
+
 // From complete gradients to new weights. A tied embedding is in the first and the last stage, and each has what it
 // added to the gradient.
 template <typename Grad, typename Moment>
-static void update_launch(GPT* g, const RunConfig* run, double num_targets) {
+static void update_launch(GPT* g, const RunConfig* run, double num_targets, StepGuard guard) {
     const Layout* l = &g->place;
     CUDA_CHECK(cudaEventRecord(g->own_work_done, g->stream));
     hand_over(g, g->comm_stream, g->stream);
     int record = comm_begin_compute(&g->comm, "update", g->stream);
+    if (g->hashed) hash_replicas(g);
     if (g->config.tie_word_embeddings && (has_embedding(l) || has_head(l)))
         comm_all_reduce(&g->comm, AXIS_TIED, slice_gradients<Grad>(g, 0), state_slice(g, 0).size, g->stream);
     for (int b = 0; b < num_buckets(g); b++) { // each rank counts a share, also where it has more
@@ -1192,7 +1217,7 @@ static void update_launch(GPT* g, const RunConfig* run, double num_targets) {
         global_norm_squared(&g->control->sums.norm_squared, grads, share, first, &g->tables[b], g->stream);
     }
     comm_all_reduce(&g->comm, AXIS_WORLD, (long long*)&g->control->sums, STEP_SUMS, g->stream);
-    update_control(g->control, num_targets, run->optimizer.grad_clip, run->optimizer.beta1,
+    update_control(g->control, num_targets, guard, run->optimizer.grad_clip, run->optimizer.beta1,
                    run->optimizer.beta2, g->stream);
     CUDA_CHECK(cudaStreamWaitEvent(g->stream, g->snapshot_done, 0)); // weights may still be being copied
     for (int b = 0; b < num_buckets(g); b++) {
@@ -1208,31 +1233,33 @@ static void update_launch(GPT* g, const RunConfig* run, double num_targets) {
     comm_end_compute(&g->comm, record, g->stream);
 }
 
-static void update(GPT* g, const RunConfig* run, double num_targets) {
+static void update(GPT* g, const RunConfig* run, double num_targets, StepGuard guard) {
     nvtxRangePushA("update");
     if (g->gradients_bf16 && g->moments_bf16)
-        update_launch<__nv_bfloat16, __nv_bfloat16>(g, run, num_targets);
+        update_launch<__nv_bfloat16, __nv_bfloat16>(g, run, num_targets, guard);
     else if (g->gradients_bf16)
-        update_launch<__nv_bfloat16, float>(g, run, num_targets);
+        update_launch<__nv_bfloat16, float>(g, run, num_targets, guard);
     else if (g->moments_bf16)
-        update_launch<float, __nv_bfloat16>(g, run, num_targets);
+        update_launch<float, __nv_bfloat16>(g, run, num_targets, guard);
     else
-        update_launch<float, float>(g, run, num_targets);
+        update_launch<float, float>(g, run, num_targets, guard);
     nvtxRangePop();
 }
 
 // Enqueues one optimizer step on the rows of gpt_load_batch. applied_steps: those before this one.
-void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_steps, int requests) {
+void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_steps, int requests,
+                    StepGuard guard) {
     size_t micro_batch = NUM_BATCH_ARRAYS * rows_of(g);
     nvtxRangePushA("step");
     CUDA_CHECK(cudaEventRecord(g->step_begun, g->stream));
+    g->hashed = guard.hash_weights && g->hashes != NULL;
     step_control_begin(g->control, lr, applied_steps, requests, g->stream);
     for (int i = 0; g->use_graph && i < g->step_micro_batches; i++) {
         upload_batch(g, &g->slots[0], g->step_batch[g->step_slot] + (size_t)i * micro_batch);
         micro_step_through_graph(g);
     }
     if (!g->use_graph) run_passes(g);
-    update(g, run, (double)g->step_micro_batches * (double)rows_of(g) * g->place.dp_size);
+    update(g, run, (double)g->step_micro_batches * (double)rows_of(g) * g->place.dp_size, guard);
     CUDA_CHECK(
         cudaMemcpyAsync(g->host_control, g->control, sizeof *g->control, cudaMemcpyDeviceToHost, g->stream));
     CUDA_CHECK(cudaEventRecord(g->step_done, g->stream));
@@ -1249,6 +1276,7 @@ StepResult gpt_finish_step(GPT* g) {
     r.loss = g->host_control->loss, r.grad_norm = g->host_control->grad_norm;
     r.applied = g->host_control->applied != 0;
     r.requests = requests_of_sum(g->host_control->sums.requests);
+    r.hashes = g->hashed ? g->host_hashes : NULL;
     return r;
 }
 
@@ -1310,7 +1338,10 @@ static bool create_host_buffers(GPT* g, int rows_per_step, Error* err) {
            allocate_pinned((void**)&g->step_batch[1], step, "batches", err) &&
            allocate_pinned((void**)&g->eval_batch, micro_batch, "batches", err) &&
            allocate_pinned((void**)&g->host_losses, losses, "losses", err) &&
-           allocate_pinned((void**)&g->host_control, sizeof *g->host_control, "step's report", err);
+           allocate_pinned((void**)&g->host_control, sizeof *g->host_control, "step's report", err) &&
+           (g->hashes == NULL ||
+            allocate_pinned((void**)&g->host_hashes, (size_t)g->place.size * sizeof *g->host_hashes,
+                            "step's report", err));
 }
 
 static void upload_rope_table(GPT* g) {
@@ -1440,8 +1471,8 @@ void gpt_free(GPT* g) {
         matmul_free(&g->matmul);
         if (g->micro_step_graph != NULL) CUDA_CHECK(cudaGraphExecDestroy(g->micro_step_graph));
         for (int i = 0; i < NUM_MEMORY_CLASSES; i++) CUDA_CHECK(cudaFree(g->memory[i]));
-        void* pinned[] = {g->step_batch[0], g->step_batch[1], g->eval_batch, g->host_losses,
-                          g->host_control,  g->host.params,   g->host.m,     g->host.v};
+        void* pinned[] = {g->step_batch[0], g->step_batch[1], g->eval_batch, g->host_losses, g->host_control,
+                          g->host_hashes,   g->host.params,   g->host.m,     g->host.v};
         for (size_t i = 0; i < sizeof pinned / sizeof pinned[0]; i++)
             if (pinned[i] != NULL) CUDA_CHECK(cudaFreeHost(pinned[i]));
         for_events(g, false);
@@ -1620,6 +1651,7 @@ static void move_state(GPT* g, enum StateArray array, bool to_host) {
 
 // After the host's state was read, or made.
 void gpt_from_host(GPT* g) {
+    CUDA_CHECK(cudaDeviceSynchronize()); // in a rewind, the last step's weights may still be being gathered
     for (int a = 0; a < NUM_STATE_ARRAYS && (a == 0 || g->m != NULL); a++)
         move_state(g, (enum StateArray)a, false);
     CUDA_CHECK(cudaDeviceSynchronize());

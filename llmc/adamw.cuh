@@ -9,6 +9,7 @@
 #include "llmc/config.h"        // defines: RunConfig
 #include "llmc/cuda_common.cuh" // defines: floatX, Vec
 #include "llmc/global_norm.cuh" // defines: StepSums, BucketTable, exact_value
+#include "llmc/program.h"       // defines: StepGuard, guard_accepts
 #include "llmc/rounding.h"      // defines: split_float, join_float, bf16_stochastic
 
 enum { ADAMW_THREADS = 256, ADAMW_ELEMENTS = 8 };
@@ -22,7 +23,7 @@ typedef struct {
     uint64_t applied_steps;          // this one included, if it is applied
     float lr, grad_scale;            // what gradients are multiplied by: 1, or less to clip
     float rate, second_moment_scale; // lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t)
-    int applied;                     // 0: loss or norm was not finite, nothing may change
+    int applied;                     // 0: the guard rejected loss or norm, nothing may change
 } StepControl;
 
 static __global__ void step_control_begin_kernel(StepControl* control, float lr, uint64_t applied_steps,
@@ -38,13 +39,12 @@ static inline void step_control_begin(StepControl* control, double lr, uint64_t 
     LAUNCH_CHECK();
 }
 
-// The guard is guard_accepts of llmc/guard.h: a test on isfinite, as every comparison with a NaN is false.
-static __global__ void update_control_kernel(StepControl* control, double num_targets, double grad_clip,
-                                             double beta1, double beta2) {
+static __global__ void update_control_kernel(StepControl* control, double num_targets, StepGuard guard,
+                                             double grad_clip, double beta1, double beta2) {
     double norm = sqrt(exact_value(&control->sums.norm_squared));
     double loss = exact_value(&control->sums.loss) / num_targets;
     control->loss = loss, control->grad_norm = norm;
-    control->applied = isfinite(loss) && isfinite(norm);
+    control->applied = guard_accepts(&guard, loss, norm);
     control->grad_scale = (float)(grad_clip > 0 && norm > grad_clip ? grad_clip / norm : 1);
     if (!control->applied) return;
     double t = (double)++control->applied_steps;
@@ -53,9 +53,9 @@ static __global__ void update_control_kernel(StepControl* control, double num_ta
 }
 
 // From the sums of losses and squares to what adamw_update does. num_targets: of all ranks.
-static inline void update_control(StepControl* control, double num_targets, double grad_clip, double beta1,
-                                  double beta2, cudaStream_t stream) {
-    update_control_kernel<<<1, 1, 0, stream>>>(control, num_targets, grad_clip, beta1, beta2);
+static inline void update_control(StepControl* control, double num_targets, StepGuard guard, double grad_clip,
+                                  double beta1, double beta2, cudaStream_t stream) {
+    update_control_kernel<<<1, 1, 0, stream>>>(control, num_targets, guard, grad_clip, beta1, beta2);
     LAUNCH_CHECK();
 }
 

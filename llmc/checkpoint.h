@@ -27,6 +27,12 @@
 #include <sys/file.h>
 #include <sys/syscall.h>
 
+// Of a number that each step has: an exponential mean and variance (guard.h). Zeros: no value yet.
+typedef struct {
+    uint64_t count; // of values that entered
+    double mean, variance;
+} Detector;
+
 typedef struct {
     uint64_t step;                // optimizer steps done
     uint64_t tokens;              // seen so far
@@ -34,6 +40,8 @@ typedef struct {
     uint64_t data_fingerprint;    // of the data that rows counts in
     uint64_t skipped_steps;       // by the guard, in all
     uint64_t consecutive_skipped; // by the guard, up to now without a break
+    uint64_t rewinds;             // by the guard, in all
+    Detector loss, grad_norm;
 } TrainState;
 
 typedef struct {
@@ -67,7 +75,7 @@ static inline bool checkpoint_agree(const CheckpointData* data, Error* err) {
 typedef struct {
     const char* name;
     size_t offset;
-    bool hex;      // 64 bits, which JSON's numbers do not hold: written as a string of 16 digits
+    bool hex;      // 64 bits (of a double, too), which JSON's numbers do not hold: a string of 16 digits
     bool required; // not so for a field that older versions did not write: it is 0 then
 } TrainStateField;
 
@@ -78,16 +86,26 @@ static const TrainStateField train_state_fields[] = {
     {"data_fingerprint", offsetof(TrainState, data_fingerprint), true, true},
     {"skipped_steps", offsetof(TrainState, skipped_steps), false, false},
     {"consecutive_skipped", offsetof(TrainState, consecutive_skipped), false, false},
+    {"rewinds", offsetof(TrainState, rewinds), false, false},
+    {"loss_count", offsetof(TrainState, loss.count), false, false},
+    {"loss_mean", offsetof(TrainState, loss.mean), true, false},
+    {"loss_variance", offsetof(TrainState, loss.variance), true, false},
+    {"grad_norm_count", offsetof(TrainState, grad_norm.count), false, false},
+    {"grad_norm_mean", offsetof(TrainState, grad_norm.mean), true, false},
+    {"grad_norm_variance", offsetof(TrainState, grad_norm.variance), true, false},
 };
 enum { NUM_TRAIN_STATE_FIELDS = sizeof train_state_fields / sizeof train_state_fields[0] };
 
-static inline uint64_t* train_state_field(TrainState* state, int i) {
-    return (uint64_t*)(void*)((char*)state + train_state_fields[i].offset);
+// The 64 bits of a field.
+static inline uint64_t train_state_field(const TrainState* state, int i) {
+    uint64_t bits;
+    memcpy(&bits, (const char*)state + train_state_fields[i].offset, sizeof bits);
+    return bits;
 }
 
 static inline void train_state_write(TrainState state, String* out) {
     for (int i = 0; i < NUM_TRAIN_STATE_FIELDS; i++) {
-        unsigned long long value = *train_state_field(&state, i);
+        unsigned long long value = train_state_field(&state, i);
         string_append(out, "%s\n  \"%s\": ", i == 0 ? "{" : ",", train_state_fields[i].name);
         if (train_state_fields[i].hex)
             string_append(out, "\"%016llx\"", value);
@@ -114,10 +132,11 @@ static inline bool train_state_parse(TrainState* state, const char* text, const 
         const TrainStateField* field = &train_state_fields[i];
         const cJSON* item = cJSON_GetObjectItemCaseSensitive(json, field->name);
         if (item == NULL && !field->required) continue;
-        uint64_t* value = train_state_field(state, i);
+        uint64_t value = 0;
         known++;
-        ok = (field->hex ? hex64_from_json(item, value) : safetensors_integer(item, value)) ||
+        ok = (field->hex ? hex64_from_json(item, &value) : safetensors_integer(item, &value)) ||
              fail(err, EXIT_BAD_DATA, "%s: %s is missing or not a number", where, field->name);
+        memcpy((char*)state + field->offset, &value, sizeof value);
     }
     if (ok && cJSON_GetArraySize(json) != known)
         ok = fail(err, EXIT_CONFIG,

@@ -117,7 +117,7 @@ static inline int checkpoint_info(const char* dir) {
     }
     for (int i = 0; ok && ours && i < NUM_TRAIN_STATE_FIELDS; i++)
         printf(train_state_fields[i].hex ? "  %-28s %016llx\n" : "  %-28s %llu\n", train_state_fields[i].name,
-               (unsigned long long)*train_state_field(&state, i));
+               (unsigned long long)train_state_field(&state, i));
     for (int i = 0; ok && ours && i < manifest.count; i++)
         info_print_file(manifest.files[i].name, manifest.files[i].size, &tensors, &manifest.files[i]);
     for (int i = 0; ok && !ours && i < tensors.count; i++) {
@@ -244,7 +244,7 @@ static inline int checkpoint_diff(const char* dir_a, const char* dir_b) {
         }
         free(difference.data);
         for (int i = 0; states == 2 && i < NUM_TRAIN_STATE_FIELDS; i++) {
-            unsigned long long x = *train_state_field(&state[0], i), y = *train_state_field(&state[1], i);
+            unsigned long long x = train_state_field(&state[0], i), y = train_state_field(&state[1], i);
             if (x == y) continue;
             printf("state.json: %s is %llu and %llu\n", train_state_fields[i].name, x, y);
             different++;

@@ -9,6 +9,7 @@ enum { CONFIG_TEXT = 1024, MAX_DATA_SOURCES = 32 };
 enum ScheduleType { SCHEDULE_COSINE, SCHEDULE_LINEAR, SCHEDULE_WSD, SCHEDULE_CONSTANT };
 enum ComputePrecision { COMPUTE_AUTO, COMPUTE_FP32, COMPUTE_TF32, COMPUTE_BF16 };
 enum StoredPrecision { STORE_FP32, STORE_BF16 };
+enum GuardPolicy { GUARD_SKIP, GUARD_WARN, GUARD_REWIND, GUARD_STOP };
 enum ZeroStage { ZERO_NONE, ZERO_OPTIMIZER, ZERO_GRADIENTS, ZERO_PARAMETERS };
 enum Recompute {
     RECOMPUTE_NONE,
@@ -66,7 +67,9 @@ typedef struct {
         char load_from[CONFIG_TEXT];
     } checkpoint;
     struct {
-        int max_skipped_steps;
+        int max_skipped_steps, policy; // policy: a GuardPolicy
+        double sigma;
+        int window, rewind_max, rewind_skip, check_every;
     } guard;
     struct {
         char run_dir[CONFIG_TEXT];
@@ -214,7 +217,19 @@ static const Knob knobs[] = {
     {"checkpoint", "load_from", KNOB_TEXT, AT(checkpoint.load_from), "\"\"", 0, 0, NULL,
         "a checkpoint or Hugging Face model directory with weights to start from, evaluate or export"},
     {"guard", "max_skipped_steps", KNOB_INT, AT(guard.max_skipped_steps), "10", 1, 1000000, NULL,
-        "steps in a row whose loss or gradient is not finite before the run gives up"},
+        "steps in a row that are skipped before the run gives up"},
+    {"guard", "policy", KNOB_CHOICE, AT(guard.policy), "\"skip\"", 0, 0, "skip|warn|rewind|stop",
+        "of a bad step: leave it out, apply it all the same if finite, go back to a checkpoint, end the run"},
+    {"guard", "sigma", KNOB_NUMBER, AT(guard.sigma), "0", 0, 1e6, NULL,
+        "standard deviations above the mean from which a loss or gradient norm is a spike; 0: none is"},
+    {"guard", "window", KNOB_INT, AT(guard.window), "128", 8, 1000000, NULL,
+        "steps of that mean and deviation, exponentially weighted; without so many there are no spikes"},
+    {"guard", "rewind_max", KNOB_INT, AT(guard.rewind_max), "10", 1, 1000000, NULL,
+        "rewinds of the whole run before it ends (70)"},
+    {"guard", "rewind_skip", KNOB_INT, AT(guard.rewind_skip), "0", 0, 1000000, NULL,
+        "batches that a rewind leaves out from its checkpoint on; at least all up to the bad one"},
+    {"guard", "check_every", KNOB_INT, AT(guard.check_every), "0", 0, STEPS_MAX, NULL,
+        "GPU: steps between comparisons of the weights of data-parallel ranks, ZeRO 0 to 2; 0: none"},
     {"log", "run_dir", KNOB_TEXT, AT(log.run_dir), NULL, 0, 0, NULL,
         "directory of the run: `log.jsonl`, `run_config.json`, `checkpoints/`"},
     {"log", "every", KNOB_INT, AT(log.every), "1", 1, STEPS_MAX, NULL,

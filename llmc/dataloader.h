@@ -50,6 +50,7 @@ typedef struct {
 
 // Where a row lies.
 typedef struct {
+    const char* source;
     const Shard* shard;
     uint64_t first_token; // of T + 1
 } RowPlace;
@@ -254,7 +255,7 @@ static inline RowPlace source_row(const SourceData* s, uint64_t row, int T) {
         else
             high = middle;
     }
-    RowPlace place = {&s->shards[low], (row - s->first_row[low]) * (uint64_t)T};
+    RowPlace place = {s->name, &s->shards[low], (row - s->first_row[low]) * (uint64_t)T};
     return place;
 }
 

@@ -4,6 +4,7 @@
 #include "llmc/config.h"     // defines: RunConfig
 #include "llmc/flight.h"     // defines: FLIGHT_RECORDS
 #include "llmc/planner.h"    // defines: MemoryLine
+#include "llmc/rand.h"       // defines: HOST_DEVICE
 #include "llmc/rendezvous.h" // defines: Control
 
 typedef struct GPT GPT;
@@ -22,9 +23,27 @@ enum StepRequest { REQUEST_STOP = 1, REQUEST_SAVE = 2 };
 // A step's outcome; lr and seconds are the loop's.
 typedef struct {
     double loss, grad_norm, lr, seconds;
-    bool applied; // false: loss or gradient norm was not finite, and the weights are as before
+    bool applied; // false: the guard rejected loss or gradient norm, and the weights are as before
     int requests; // StepRequests of some process
+    const uint64_t*
+        hashes; // of the weights of each rank before the update, until the next step; NULL: none were made
 } StepResult;
+
+// What guards a step, decided before it, the same in all processes (guard.h).
+typedef struct {
+    double max_loss, max_grad_norm; // it is applied if both are finite and not above these
+    bool hash_weights;              // where there are replicas to compare
+} StepGuard;
+static const StepGuard no_guard = {INFINITY, INFINITY, false}; // only what is not finite is rejected
+
+// A test on isfinite() beside the comparison, since an infinity is not above a limit that is none; and not on
+// `value > limit`, since every comparison with a NaN is false.
+static HOST_DEVICE inline bool guard_passes(double value, double limit) {
+    return isfinite(value) && value <= limit;
+}
+static HOST_DEVICE inline bool guard_accepts(const StepGuard* guard, double loss, double grad_norm) {
+    return guard_passes(loss, guard->max_loss) && guard_passes(grad_norm, guard->max_grad_norm);
+}
 
 // Weights and moments in fp32 in the host's memory: what a checkpoint is read into and written from. Elements
 // [begin, end) of parameter_layout of the whole model: all of them, or the whole tensors that this process reads
@@ -86,7 +105,8 @@ void gpt_snapshot_wait(GPT* g); // until it is there; called by the thread that 
 void gpt_load_batch(GPT* g, const int32_t* rows, int num_rows, bool document_mask, int eot_id);
 // One optimizer step; applied_steps: those that were applied before it; requests: this process's StepRequests, which
 // the step's result then says on all of them.
-void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_steps, int requests);
+void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_steps, int requests,
+                    StepGuard guard);
 StepResult gpt_finish_step(GPT* g);
 
 // The loss of every token of at most B rows (num_rows, T + 1), for evaluation: (num_rows, T), valid until the

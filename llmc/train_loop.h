@@ -1,9 +1,9 @@
 // Training: steps, what is said about them, what is due behind them, checkpoints.
 #pragma once
-#include "llmc/evaluate.h" // defines: evaluate, generate
-#include "llmc/flops.h"    // defines: flops_per_token
-#include "llmc/guard.h"    // defines: guard_count
-#include "llmc/schedule.h" // defines: learning_rate
+#include "llmc/evaluate.h"      // defines: evaluate, generate
+#include "llmc/flops.h"         // defines: flops_per_token
+#include "llmc/guard_actions.h" // defines: guard_orders, guard_count, guard_judge, guard_act, guard_rewind
+#include "llmc/schedule.h"      // defines: learning_rate
 
 // The rate is that of t->seconds_per_step. Where the device's peak is known, the share of it (MFU, counting
 // causal attention) says more than the rate does.
@@ -21,7 +21,7 @@ static inline void report_step(Trainer* t, const StepResult* r) {
     printf("step %6llu/%d | loss %7.4f | val bpb %s | norm %6.3f | lr %.2e | %7.0f tok/s | %s | "
            "left %s%s\n",
            (unsigned long long)t->state.step, run->schedule.max_steps, r->loss, bpb, r->grad_norm, r->lr,
-           rate, speed, left, r->applied ? "" : " | SKIPPED: not finite");
+           rate, speed, left, r->applied ? "" : " | SKIPPED");
     fflush(stdout);
     String line = event_begin("step", t->state.step);
     event_number(&line, "loss", r->loss);
@@ -176,7 +176,7 @@ static inline bool is_due(int every, uint64_t step, bool last) {
 
 // What is to be done between a step and the next.
 typedef struct {
-    bool report, save, evaluate, sample;
+    bool report, save, evaluate, sample, rewind;
 } Due;
 
 static inline Due due_after_step(const Trainer* t, const StepResult* r) {
@@ -184,24 +184,29 @@ static inline Due due_after_step(const Trainer* t, const StepResult* r) {
     uint64_t step = t->state.step;
     bool last = step == (uint64_t)run->schedule.max_steps;
     Due due;
-    due.report = is_due(run->log.every, step, last) || !r->applied;
+    due.report = is_due(run->log.every, step, last) || t->alarm.what != NULL;
     due.save = is_due(run->checkpoint.every, step, last) || (r->requests & REQUEST_SAVE) != 0;
     due.evaluate = t->validation.rows > 0 && is_due(run->eval.every, step, last);
     due.sample = run->sample.every > 0 && is_due(run->sample.every, step, last);
+    due.rewind = false;
     return due;
 }
 
-// The checkpoint before what reads and may fail.
-static inline bool after_step(Trainer* t, const Due* due, Error* err) {
+// The guard first: what it ends or takes back is not saved. The checkpoint before what reads and may fail.
+static inline bool after_step(Trainer* t, bool applied, Due* due, Error* err) {
     const RunConfig* run = &t->run;
     unsigned long long step = t->state.step;
-    if (t->state.consecutive_skipped >= (uint64_t)run->guard.max_skipped_steps)
+    if (t->alarm.what != NULL && !guard_act(t, applied, &due->rewind, err)) return false;
+    if (due->rewind) return true;
+    if (t->state.consecutive_skipped >= (uint64_t)run->guard.max_skipped_steps) {
+        t->agreed = true; // all have counted
         return fail(
             err, EXIT_INTERNAL,
-            "training diverged: loss or gradient norm was not finite in %d steps in a row up to step %llu; "
-            "lower optimizer.learning_rate or look at the data, and resume from the last checkpoint "
+            "training diverged: loss or gradient norm was not finite, or a spike, in %d steps in a row up to step "
+            "%llu; lower optimizer.learning_rate or look at the data, and resume from the last checkpoint "
             "(guard.max_skipped_steps is the limit)",
             run->guard.max_skipped_steps, step);
+    }
     if (due->save && !save(t, err)) {
         if (step == (uint64_t)run->schedule.max_steps) return false;
         warn_of_no_checkpoint(t, step, err);
@@ -225,24 +230,26 @@ static inline void start_step(Trainer* t) {
     const TrainState* s = &t->state;
     flight_phase(PHASE_STEP, s->step + 1);
     gpt_start_step(t->gpt, &t->run, learning_rate(&t->run, s->step), s->step - s->skipped_steps,
-                   step_requests(t));
+                   step_requests(t), guard_orders(s, &t->run));
 }
 
 static inline StepResult finish_step(Trainer* t) {
     uint64_t rows = (uint64_t)t->run.batch.global_batch_size;
     flight_phase(PHASE_STEP, t->state.step + 1);
+    StepGuard limits = guard_limits(&t->state, &t->run);
     StepResult r = gpt_finish_step(t->gpt);
     r.lr = learning_rate(&t->run, t->state.step);
-    guard_count(&t->state, r.applied);
+    t->alarm = guard_judge(&limits, &t->run.layout, &r);
+    guard_count(&t->state, &t->run, &r);
     t->state.step++;
     t->state.rows += rows;
     t->state.tokens += rows * (uint64_t)t->run.batch.sequence_length;
     return r;
 }
 
-// Steps until the last one, a stop signal or an error. While the device works on a step, the host reports the
+// Steps until the last one, a stop signal, an error or a rewind. While the device works on a step, the host reports the
 // one before (unless something else was due behind that) and loads the next one's batch.
-static inline bool run_steps(Trainer* t, Prefetch* prefetch, Error* err) {
+static inline bool run_steps(Trainer* t, Prefetch* prefetch, bool* rewind, Error* err) {
     uint64_t max_steps = (uint64_t)t->run.schedule.max_steps;
     double start = t->save_started = seconds_now();
     bool unreported = false, stop = t->control.size == 1 && stop_requested(),
@@ -260,11 +267,13 @@ static inline bool run_steps(Trainer* t, Prefetch* prefetch, Error* err) {
         t->stall_grows = false;
         t->seconds_per_step += (done < 20 ? 1.0 / done : 0.05) * (r.seconds - t->seconds_per_step);
         Due due = due_after_step(t, &r);
-        bool at_once = !t->program->asynchronous || due.save || due.evaluate || due.sample;
+        bool at_once =
+            !t->program->asynchronous || due.save || due.evaluate || due.sample || t->alarm.what != NULL;
         unreported = due.report && !at_once;
         if (due.report && at_once) report_step(t, &r);
-        ok = ok && after_step(t, &due, err);
-        stop = (r.requests & REQUEST_STOP) != 0 || stop_alone(t);
+        ok = ok && after_step(t, r.applied, &due, err);
+        *rewind = ok && due.rewind;
+        stop = (r.requests & REQUEST_STOP) != 0 || stop_alone(t) || *rewind;
         start = seconds_now();
     }
     if (unreported) report_step(t, &r);
@@ -273,11 +282,17 @@ static inline bool run_steps(Trainer* t, Prefetch* prefetch, Error* err) {
 
 static inline bool train_loop(Trainer* t, Error* err) {
     const Layout* l = &t->run.layout;
-    Prefetch prefetch;
-    if (!prefetch_start(&prefetch, &t->train, t->state.rows, t->run.batch.global_batch_size,
-                        t->run.batch.micro_batch_size, replica(l), num_replicas(l), PREFETCH_DEPTH, err))
-        return false;
-    bool ok = run_steps(t, &prefetch, err);
-    prefetch_stop(&prefetch);
+    bool ok, rewind = false;
+    do { // once, and once more after each rewind
+        Prefetch prefetch;
+        if (rewind) finish_save_or_warn(t); // it may be the one to go back to
+        if (rewind && !guard_rewind(t, err)) return false;
+        if (!prefetch_start(&prefetch, &t->train, t->state.rows, t->run.batch.global_batch_size,
+                            t->run.batch.micro_batch_size, replica(l), num_replicas(l), PREFETCH_DEPTH, err))
+            return false;
+        rewind = false;
+        ok = run_steps(t, &prefetch, &rewind, err);
+        prefetch_stop(&prefetch);
+    } while (rewind);
     return save_last(t, ok, err);
 }

@@ -4,6 +4,7 @@
 #include "llmc/checkpoint.h"      // defines: CheckpointData, TrainState, checkpoint_load_newest
 #include "llmc/config_print.h"    // defines: config_write_json
 #include "llmc/dataloader.h"      // defines: DataLoader, dataloader_open
+#include "llmc/guard.h"           // defines: Alarm
 #include "llmc/metrics.h"         // defines: Metrics, metrics_close
 #include "llmc/program.h"         // defines: Program, StepResult, gpt_create, gpt_host_state ...
 #include "llmc/saver.h"           // defines: Saver, saver_finish
@@ -26,6 +27,7 @@ typedef struct {
     DataLoader train, validation;
     int eot_id; // begins every document in the shards; -1: not known
     TrainState state;
+    Alarm alarm; // of the last step
     Saver saver;
     uint64_t saved_step, tried_step; // of the newest checkpoint, and of the last attempt at one
     double save_started;             // when; at first, when training was started

@@ -237,7 +237,7 @@ static void bench_step(const Device* device, int argc, char** argv) {
     for (int step = -3; step < REPEATS; step++) {
         double start = seconds_now();
         gpt_load_batch(&g, data.data(), rows, false, -1);
-        gpt_start_step(&g, &run, 1e-4, (uint64_t)(step + 3), false);
+        gpt_start_step(&g, &run, 1e-4, (uint64_t)(step + 3), 0, no_guard);
         gpt_finish_step(&g);
         if (step >= 0) times[step] = seconds_now() - start;
     }

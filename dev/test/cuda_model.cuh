@@ -439,7 +439,7 @@ static void test_model_steps(const ModelCase& m) {
                               ? reference32_step(fp32, &run, rows.data(), lr, (uint64_t)step, &fp32_norm)
                               : plain_step(plain, run, rows, lr, step);
         gpt_load_batch(g, rows.data(), G, false, -1);
-        gpt_start_step(g, &run, lr, (uint64_t)step, false);
+        gpt_start_step(g, &run, lr, (uint64_t)step, 0, no_guard);
         StepResult r = gpt_finish_step(g);
         ours[step] = r.loss;
         norms_agree = norms_agree && r.applied && fabs(r.grad_norm / norm - 1) < 0.02;
@@ -476,7 +476,7 @@ static Outcome two_steps(const RunConfig& run, const Array& weights, int logit_r
         std::vector<int32_t> rows =
             random_rows(run.batch.global_batch_size, MODEL_T, run.model.vocab_size, 50 + (uint64_t)step);
         gpt_load_batch(g, rows.data(), run.batch.global_batch_size, true, 0);
-        gpt_start_step(g, &run, 1e-3, (uint64_t)step, false);
+        gpt_start_step(g, &run, 1e-3, (uint64_t)step, 0, no_guard);
         o.loss = gpt_finish_step(g).loss;
     }
     gpt_snapshot(g);
@@ -527,7 +527,7 @@ static void test_model_next_rows(const ModelCase& m) {
     for (int early = 0; early < 2; early++) {
         GPT* g = device_model(run, weights);
         gpt_load_batch(g, first.data(), MODEL_B, false, -1);
-        gpt_start_step(g, &run, 1e-3, 0, false);
+        gpt_start_step(g, &run, 1e-3, 0, 0, no_guard);
         if (early) gpt_load_batch(g, next.data(), MODEL_B, false, -1);
         losses[early] = gpt_finish_step(g).loss;
         device_free(g);
@@ -548,7 +548,7 @@ static void test_model_host_copy(const ModelCase& m) {
         size_t n = g->layout.num_parameters, moment = g->moments_bf16 ? 2 : 4;
         std::vector<int32_t> rows = random_rows(MODEL_B, MODEL_T, c.vocab_size, 60);
         gpt_load_batch(g, rows.data(), MODEL_B, false, -1);
-        gpt_start_step(g, &run, 1e-3, 0, false);
+        gpt_start_step(g, &run, 1e-3, 0, 0, no_guard);
         gpt_finish_step(g);
         std::vector<char> before(n * (sizeof(floatX) + 2 + 2 * moment), 0), after(before);
         auto raw = [&](std::vector<char>& to) {

@@ -3,6 +3,7 @@
 #pragma once
 #include "dev/test/cuda_harness.cuh" // defines: cpu, judge, tap_check, random_values, to_device, to_host ...
 #include "llmc/adamw.cuh"            // defines: adamw_update, update_control, StepControl
+#include "llmc/weights_hash.cuh"     // defines: hash_add
 
 // ----------------------------------------------------------------------------
 // numbers in 16 bits
@@ -114,7 +115,8 @@ template <typename F> static void for_buckets(const OptimizerModel& model, F f) 
 // One update as the trainer makes it; returns what the step reports.
 template <typename Grad, typename Moment>
 static StepControl optimizer_step(const OptimizerModel& model, OptimizerState<Grad, Moment>& s,
-                                  const RunConfig& run, double lr, uint64_t applied, float loss) {
+                                  const RunConfig& run, double lr, uint64_t applied, float loss,
+                                  StepGuard guard = no_guard) {
     StepControl control;
     float* losses = own_device<float>(3);
     const float three[] = {loss, 2, 3};
@@ -125,7 +127,7 @@ static StepControl optimizer_step(const OptimizerModel& model, OptimizerState<Gr
     for_buckets(model, [&](Bucket b, const BucketTable* table) {
         global_norm_squared(&s.control->sums.norm_squared, s.grads + b.begin, b.size, 0, table, 0);
     });
-    update_control(s.control, 6, run.optimizer.grad_clip, run.optimizer.beta1, run.optimizer.beta2, 0);
+    update_control(s.control, 6, guard, run.optimizer.grad_clip, run.optimizer.beta1, run.optimizer.beta2, 0);
     for_buckets(model, [&](Bucket b, const BucketTable* table) { // in two slices, as two ranks would
         size_t half = b.size / 16 * 8, at = b.begin;
         for (size_t first = 0; first < b.size; first = first == 0 ? half : b.size) {
@@ -231,9 +233,10 @@ template <typename Grad> static void test_adamw(const char* family, bool tied, d
     release_all();
 }
 
-// With NaN or infinity in the loss or in one gradient nothing changes, to the bit, and gradients are zeroed.
+// With NaN or infinity in the loss or in one gradient, or one of them above its limit, nothing changes, to the bit, and
+// gradients are zeroed.
 template <typename Grad, typename Moment>
-static void test_skip(bool split, float loss, double gradient, bool skipped) {
+static void test_skip(bool split, float loss, double gradient, bool skipped, StepGuard guard = no_guard) {
     OptimizerModel model = optimizer_model("gpt2", true);
     RunConfig run = optimizer_run(model, 1);
     size_t n = model.n;
@@ -245,7 +248,7 @@ static void test_skip(bool split, float loss, double gradient, bool skipped) {
     double *m = to_host(s.m, n), *v = to_host(s.v, n);
     grads[n / 2] = gradient;
     set_gradients(s.grads, grads, n);
-    StepControl control = optimizer_step(model, s, run, 1e-2, 1, loss);
+    StepControl control = optimizer_step(model, s, run, 1e-2, 1, loss, guard);
     double *m2 = to_host(s.m, n), *v2 = to_host(s.v, n), *after = to_host(s.grads, n);
     bool same =
         master_of(s, n) == before && memcmp(m, m2, n * sizeof *m) == 0 && memcmp(v, v2, n * sizeof *v) == 0;
@@ -253,8 +256,9 @@ static void test_skip(bool split, float loss, double gradient, bool skipped) {
     for (size_t i = 0; i < n; i++) zeroed = zeroed && after[i] == 0;
     tap_check(same == skipped && zeroed && control.applied == !skipped &&
                   control.applied_steps == (skipped ? 1u : 2u),
-              "loss %g, a gradient of %g, %s: %s", (double)loss, gradient,
-              storage_name<Grad, Moment>(split).c_str(), skipped ? "skipped" : "applied");
+              "loss %g (at most %g), a gradient of %g (norm at most %g), %s: %s", (double)loss,
+              guard.max_loss, gradient, guard.max_grad_norm, storage_name<Grad, Moment>(split).c_str(),
+              skipped ? "skipped" : "applied");
     release_all();
 }
 
@@ -450,6 +454,38 @@ static void test_norm_of_extremes(void) {
     release_all();
 }
 
+static unsigned long long hash_of(const std::vector<unsigned long long>& words, unsigned long long salt) {
+    unsigned long long host = 0, *hash = own_device<unsigned long long>(1),
+                       *memory = own_device<unsigned long long>(words.size());
+    CUDA_CHECK(cudaMemcpy(memory, words.data(), words.size() * sizeof host, cudaMemcpyHostToDevice));
+    CUDA_CHECK(cudaMemcpy(hash, &host, sizeof host, cudaMemcpyHostToDevice));
+    hash_add(hash, memory, words.size() * sizeof host, salt, 0);
+    CUDA_CHECK(cudaDeviceSynchronize());
+    CUDA_CHECK(cudaMemcpy(&host, hash, sizeof host, cudaMemcpyDeviceToHost));
+    release_all();
+    return host;
+}
+
+// Any bit of any word, its place and the array count; also in words that a thread has after its first.
+static void test_hash(void) {
+    for (size_t n : {(size_t)1, (size_t)1000, (size_t)HASH_BLOCKS * HASH_THREADS + 77}) {
+        std::vector<unsigned long long> words(n, 0x3F803F80BF803F80ull); // weights that are alike
+        unsigned long long hash = hash_of(words, 1);
+        bool again = hash_of(words, 1) == hash, salted = hash_of(words, 2) != hash, bits = true;
+        for (int bit = 0; bit < (n == 1000 ? 64 : 2); bit++)
+            for (size_t at : {(size_t)0, n / 3, n - 1}) {
+                words[at] ^= 1ull << bit;
+                bits = bits && hash_of(words, 1) != hash;
+                words[at] ^= 1ull << bit;
+            }
+        words[0] = 1;
+        hash = hash_of(words, 1);
+        std::swap(words[0], words[n / 2]);
+        bool place = n == 1 || hash_of(words, 1) != hash;
+        tap_check(again && salted && bits && place, "a hash of %zu words tells bits, places and arrays", n);
+    }
+}
+
 static void test_optimizer(void) {
     const bool bf16 = sizeof(floatX) == 2;
     typedef __nv_bfloat16 Half;
@@ -458,6 +494,7 @@ static void test_optimizer(void) {
     test_sum_of_losses();
     test_norm_of_some();
     test_norm_of_extremes();
+    test_hash();
     test_norm_squared<float>();
     test_adamw<float>("gpt2", true, 1);
     test_adamw<float>("llama", false, 0);
@@ -468,6 +505,9 @@ static void test_optimizer(void) {
     test_skip<float, float>(bf16, 1, NAN, true);
     test_skip<float, float>(bf16, 1, -INFINITY, true);
     test_skip<float, Half>(bf16, NAN, 1, true);
+    test_skip<float, float>(bf16, 1, 1, false, {2, 1e6, false}); // a mean of 2: at its limit, not above
+    test_skip<float, float>(bf16, 1, 1, true, {1.999, 1e6, false});
+    test_skip<float, float>(bf16, 1, 1, true, {2, 1, false});
     test_storage<float, float>(bf16), test_storage<float, Half>(bf16);
     test_drift<float, Half>(bf16);
     if (!bf16) return;

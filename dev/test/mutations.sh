@@ -5,8 +5,9 @@
 #
 #   dev/test/mutations.sh [FIRST [LAST]]     numbers of the list; all by default; `make mutations`
 #
-# The groups "layouts" and "overlap" are the trainer itself, as several processes (dev/test/layouts_quick.sh and
-# dev/test/e2e_overlap.sh: numbers, and time); test_NAME is a unit test, dev/test/test_NAME.c. A line of the list: FILE <tab> TEST GROUP <tab> OLD TEXT <tab> NEW TEXT
+# The groups "layouts", "overlap" and "replicas" are the trainer itself, as several processes (dev/test/layouts_quick.sh,
+# e2e_overlap.sh and e2e_guard.sh: numbers, time, and faults); "guard" is test_guard and test_trainer, test_NAME that unit
+# test. A line of the list: FILE <tab> TEST GROUP <tab> OLD TEXT <tab> NEW TEXT
 # <tab> WHAT IT BREAKS, with \n for the end of a line. OLD TEXT stands in FILE exactly once, so that a list that no
 # longer fits the code is an error and not a mutation that was not made.
 set -u
@@ -16,7 +17,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cp -r Makefile ./*.c ./*.cu llmc dev scripts configs "$work"
 mkdir "$work/original" && cp -r ./*.c ./*.cu llmc dev "$work/original" # the tree may change meanwhile
-for group in $(cut -f 2 "$list" | grep -vE '^(layouts|overlap|test_.*)$' | sort -u); do
+for group in $(cut -f 2 "$list" | grep -vE '^(layouts|overlap|replicas|guard|test_.*)$' | sort -u); do
     [ "$group" != model ] || printf '#define TESTING\n#include "train_gpt.cu"\n' >"$work/$group.cu"
     printf '#include "dev/test/cuda_%s.cuh"\nint main(void) { test_%s(); return tap_finish(); }\n' "$group" "$group" \
         >>"$work/$group.cu"
@@ -29,6 +30,17 @@ build() { # GROUP
         return
     fi
     [ "$1" != overlap ] || script=dev/test/e2e_overlap.sh
+    case $1 in
+    guard) # what is decided and done, on the CPU
+        cd "$work" && printf '#!/bin/sh\nexport CMOCKA_MESSAGE_OUTPUT=TAP\nbuild/test/test_guard && build/test/test_trainer\n' >mutant && chmod +x mutant &&
+            make -s WARNINGS= build/test/test_guard build/test/test_trainer
+        return
+        ;;
+    replicas)
+        cd "$work" && printf '#!/bin/sh\nexec bash dev/test/e2e_guard.sh replicas\n' >mutant && chmod +x mutant
+        return
+        ;;
+    esac
     if [ "$1" = layouts ] || [ "$1" = overlap ]; then
         cd "$work" && printf '#!/bin/sh\nexec bash %s\n' $script >mutant && chmod +x mutant &&
             dev/emu/compile ./train_gpt_emu train_gpt.cu -O1 -march=native -fopenmp -w -DUSE_NCCL '-DVERSION="mutant"' \

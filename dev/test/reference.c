@@ -61,7 +61,7 @@ void NAMED(gradients)(Reference* r, const int32_t* rows, bool mask) {
 double NAMED(step)(Reference* r, const RunConfig* run, const int32_t* rows, double lr, uint64_t applied_steps,
                    double* grad_norm) {
     gpt_load_batch(&r->gpt, rows, run->batch.global_batch_size, false, -1);
-    gpt_start_step(&r->gpt, run, lr, applied_steps, false);
+    gpt_start_step(&r->gpt, run, lr, applied_steps, 0, no_guard);
     StepResult result = gpt_finish_step(&r->gpt);
     *grad_norm = result.grad_norm;
     return result.loss;

@@ -16,7 +16,7 @@ int main(int argc, char** argv) {
     }
     ModelConfig model = tiny_model(3);
     Weights w = weights_new(&model), expected = weights_new(&model);
-    CheckpointData data = {&model, w.params, w.m, w.v, {0, 0, 0, 0, 0, 0}, "{}\n", NULL, 0, 0, NULL};
+    CheckpointData data = {&model, w.params, w.m, w.v, {0}, "{}\n", NULL, 0, 0, NULL};
     if (saving) {
         data.state.step = strtoull(argv[3], NULL, 10);
         weights_fill(&w, data.state.step);

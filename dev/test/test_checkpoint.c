@@ -40,7 +40,15 @@ static ModelConfig model;
 static Weights saved[2], loaded; // saved[k]: the weights of step 10 * (k + 1)
 
 static TrainState state_of(uint64_t step) {
-    TrainState s = {step, step * 1000, step * 8, 0xFEDCBA9876543210ull + step, 3, 1};
+    TrainState s = {step,
+                    step * 1000,
+                    step * 8,
+                    0xFEDCBA9876543210ull + step,
+                    3,
+                    1,
+                    2,
+                    {step, 1.0 / 3, 5e-324},
+                    {4, -1e308, 0.1}};
     return s;
 }
 
@@ -479,6 +487,12 @@ static void test_bad_states(void** state) {
     Error err = {0, {0}};
     train_state_write(state_of(20), &text);
     assert_true(train_state_parse(&s, text.data, "s", &err));
+    TrainState written = state_of(20), old = {7, 8, 9, 10, 0, 0, 0, {0, 0, 0}, {0, 0, 0}};
+    assert_memory_equal(&s, &written, sizeof s);
+    const char* first_version =
+        "{\"step\": 7, \"tokens\": 8, \"rows\": 9, \"data_fingerprint\": \"000000000000000a\"}";
+    assert_true(train_state_parse(&s, first_version, "s", &err));
+    assert_memory_equal(&s, &old, sizeof s);
     static const struct {
         const char *find, *put;
     } changes[] = {

@@ -436,6 +436,7 @@ static void defaults_are_the_tables(void** state) {
     assert_int_equal(run.batch.recompute, RECOMPUTE_NONE);
     assert_int_equal(run.checkpoint.keep_last, 2);
     assert_int_equal(run.guard.max_skipped_steps, 10);
+    assert_true(run.guard.policy == GUARD_SKIP && run.guard.sigma == 0 && run.guard.check_every == 0);
     assert_true(run.sample.temperature == 1.0 && run.sample.top_p == 1.0 && !run.data.document_mask);
     parse(good, "batch.global_batch_size=0");
     assert_int_equal(run.batch.global_batch_size, run.batch.micro_batch_size);

@@ -20,6 +20,7 @@ struct GPT {
     HostState host;
     const int32_t* rows;
     bool running, writing; // between start and finish; between gpt_snapshot and the end of the wait
+    StepResult result;
 };
 
 struct Decoder {
@@ -29,14 +30,17 @@ struct Decoder {
 // What the tests set, and what they read afterwards.
 static struct {
     double step_seconds, snapshot_seconds;
-    int skip_step, stop_step; // the step that is not finite, and at whose end SIGTERM comes
+    int stop_step; // at whose end SIGTERM comes
+    int bad_token; // that begins a batch whose loss is bad_loss; 0: none does, -1: from bad_step on all do
+    int bad_step;
+    double bad_loss;
     uint64_t memory_limit;
     int steps; // finished in this process
     bool loaded_while_running[STEPS_RECORDED];
     int lines_at_start[STEPS_RECORDED], lines_at_finish[STEPS_RECORDED]; // step lines in the log by then
     int32_t first_token[STEPS_RECORDED];
     uint64_t applied_steps[STEPS_RECORDED];
-    int started_while_writing, requests;
+    int started_while_writing;
     char log[PATH_MAX];
     char blocked[PATH_MAX + 32]; // a file with this name appears at the end of the first step
 } world;
@@ -132,18 +136,28 @@ void gpt_load_batch(GPT* g, const int32_t* rows, int num_rows, bool document_mas
     g->rows = rows;
 }
 
-void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_steps, int requests) {
+// A loss that varies a little, as a detector needs it.
+static double loss_of(int token) {
+    bool bad = world.bad_token == token || (world.bad_token < 0 && world.steps >= world.bad_step);
+    return bad ? world.bad_loss : 5 + 0.01 * (token % 7);
+}
+
+void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_steps, int requests,
+                    StepGuard guard) {
     (void)lr;
-    world.requests = requests;
     assert_true(!g->running && g->rows != NULL && world.steps + 1 < STEPS_RECORDED);
     world.lines_at_start[world.steps] = step_lines();
     world.first_token[world.steps] = g->rows[0];
     world.applied_steps[world.steps] = applied_steps;
     world.started_while_writing += __atomic_load_n(&g->writing, __ATOMIC_SEQ_CST);
     if (applied_steps == 0) g->device[0] = (float)run->seed; // a number that is easy to follow
-    g->device[0] = 31 * g->device[0] + (float)g->rows[0];
-    g->device[0] -= 4096 * floorf(g->device[0] / 4096);
-    g->device[3 * g->count - 1] += 1;
+    g->result = (StepResult){.loss = loss_of(g->rows[0]), .grad_norm = 1, .requests = requests};
+    g->result.applied = guard_accepts(&guard, g->result.loss, 1);
+    if (g->result.applied) {
+        g->device[0] = 31 * g->device[0] + (float)g->rows[0];
+        g->device[0] -= 4096 * floorf(g->device[0] / 4096);
+        g->device[3 * g->count - 1] += 1;
+    }
     g->rows = NULL;
     g->running = true;
 }
@@ -155,10 +169,7 @@ StepResult gpt_finish_step(GPT* g) {
     if (world.steps == 1 && world.blocked[0] != '\0') write_file(world.blocked, "", 0);
     if (world.steps == world.stop_step) raise(SIGTERM);
     g->running = false;
-    bool applied = world.steps != world.skip_step;
-    StepResult r = {
-        .loss = applied ? 5 : NAN, .grad_norm = 1, .applied = applied, .requests = world.requests};
-    return r;
+    return g->result;
 }
 
 const float* gpt_losses(GPT* g, const int32_t* rows, int num_rows, bool document_mask, int eot_id) {
@@ -401,7 +412,8 @@ static void stops_and_goes_on(void** state) {
 // A step that is not finite is not counted as applied, is always reported, and does not end the run.
 static void skipped_steps_are_counted(void** state) {
     (void)state;
-    world.skip_step = 3;
+    expect_ok(train(true, "whole", MORE("log.every=1")));
+    world.bad_token = world.first_token[2], world.bad_loss = NAN;
     Outcome o = train(true, "a", MORE("log.every=100"));
     assert_true(o.ok && o.state.skipped_steps == 1 && o.state.consecutive_skipped == 0);
     free(o.said);
@@ -412,6 +424,165 @@ static void skipped_steps_are_counted(void** state) {
     free(o.said);
     assert_int_equal(access(temp_path("b/checkpoints/step_00000002"), F_OK), 0);
     assert_int_not_equal(access(temp_path("b/checkpoints/step_00000003"), F_OK), 0);
+}
+
+// The batches that the steps of a run were made of, and what a checkpoint says of it.
+static void expect_batches(const int32_t* all, const int* batches, int count) {
+    assert_int_equal(world.steps, count);
+    for (int i = 0; i < count; i++) assert_int_equal(world.first_token[i], all[batches[i]]);
+}
+
+static float weight_after_batches(const int32_t* all, const int* batches, int count) {
+    for (int i = 0; i < count; i++) world.first_token[i] = all[batches[i]];
+    return weight_after(count);
+}
+
+static TrainState saved_state(const char* run_dir, int step, float* weight) {
+    char path[PATH_MAX];
+    RunConfig* run = malloc_check(sizeof *run);
+    Error err = {0};
+    CHECK(config_load(run, "configs/tiny_llama.json", 0, NULL, &err));
+    float* params = calloc_check(parameter_layout(&run->model).num_parameters, sizeof *params);
+    CheckpointData data = {.model = &run->model, .params = params};
+    snprintf(path, sizeof path, "%s/%s/checkpoints/step_%08d", temp_dir, run_dir, step);
+    if (!checkpoint_load(path, &data, &err)) fail_msg("%s", err.text);
+    *weight = params[0];
+    free(params), free(run);
+    return data.state;
+}
+
+static const int32_t* all_batches(void) {
+    static int32_t all[20];
+    expect_ok(train(true, "all", MORE("schedule.max_steps=20")));
+    memcpy(all, world.first_token, sizeof all);
+    return all;
+}
+
+// A bad batch sends the run back to its newest checkpoint, which may just be being written, and on behind the batch.
+static void rewinds_skip_what_was_bad(void** state) {
+    (void)state;
+    const int32_t* all = all_batches();
+    const int near[] = {0, 1, 2, 3, 4, /* back to 4 */ 5, 6, 7, 8, 9, 10};
+    const int after_near[] = {0, 1, 2, 3, 5, 6, 7, 8, 9, 10};
+    const int far[] = {0, 1, 2, 3, 4, /* back to 4, seven batches on */ 11, 12, 13, 14, 15, 16};
+    const int from_start[] = {0, 1, 2, 3, 4, /* back to 0 */ 5, 6, 7, 8, 9, 10, 11, 12, 13, 14};
+    char dir[16];
+    for (int i = 0; i < 8; i++) { // twice each: the same bits
+        bool asynchronous = i % 2, infinite = i / 4;
+        TrainState s;
+        float weight;
+        snprintf(dir, sizeof dir, "near%d", i);
+        world.bad_token = all[4], world.bad_loss = infinite ? INFINITY : NAN;
+        world.snapshot_seconds = 0.02;
+        expect_ok(train(asynchronous, dir, MORE("checkpoint.every=4", "guard.policy=rewind")));
+        expect_batches(all, near, 11);
+        assert_int_equal(world.applied_steps[5], 4);
+        s = saved_state(dir, 10, &weight);
+        assert_true(s.rewinds == 1 && s.rows == 11 * ROWS && s.skipped_steps == 0 && s.loss.count == 10);
+        assert_true(weight == weight_after_batches(all, after_near, 10));
+        char* log = slurp(world.log);
+        assert_int_equal(occurrences(log, "\"action\":\"rewind\""), 1);
+        assert_int_equal(occurrences(log, "\"event\":\"rewind\""), 1);
+        assert_int_equal(occurrences(log, "\"first_row\":16,\"rows\":4,\"batch\":[{\"row\":16,"), 1);
+        free(log);
+    }
+    expect_ok(train(true, "far", MORE("checkpoint.every=4", "guard.policy=rewind", "guard.rewind_skip=7")));
+    expect_batches(all, far, 11);
+    expect_ok(train(true, "start", MORE("guard.policy=rewind")));
+    expect_batches(all, from_start, 15);
+    assert_int_equal(world.applied_steps[5], 0);
+    const int due[] = {0, 1, 2, 3, 4, 5, 6, 7, /* back to 4, not to what is due now */ 8, 9, 10, 11, 12, 13};
+    world.bad_token = all[7];
+    expect_ok(train(true, "due", MORE("checkpoint.every=4", "guard.policy=rewind")));
+    expect_batches(all, due, 14);
+}
+
+// Stopped behind a rewind, before the next checkpoint by the step, and killed there: in the end the same state.
+static void rewinds_survive_a_resume(void** state) {
+    (void)state;
+    const int32_t* all = all_batches();
+    float weight, resumed_weight;
+    world.bad_token = all[4], world.bad_loss = NAN;
+    expect_ok(train(true, "whole", MORE("checkpoint.every=4", "guard.policy=rewind")));
+    TrainState s = saved_state("whole", 10, &weight);
+    world.stop_step = 7; // two steps behind the rewind
+    Outcome o = train(true, "stopped", MORE("checkpoint.every=4", "guard.policy=rewind"));
+    assert_int_equal(o.err.code, EXIT_STOPPED);
+    free(o.said);
+    world.stop_step = 0;
+    expect_ok(train(true, "stopped", MORE("checkpoint.every=4", "guard.policy=rewind")));
+    assert_int_equal(world.steps, 4);
+    TrainState resumed = saved_state("stopped", 10, &resumed_weight);
+    assert_memory_equal(&s, &resumed, sizeof s);
+    assert_true(weight == resumed_weight);
+    world.stop_step = 4; // as after a kill: only the checkpoint of step 4 is left
+    o = train(true, "killed", MORE("checkpoint.every=4", "guard.policy=rewind"));
+    free(o.said);
+    world.stop_step = 0;
+    expect_ok(train(true, "killed", MORE("checkpoint.every=4", "guard.policy=rewind")));
+    resumed = saved_state("killed", 10, &resumed_weight);
+    assert_memory_equal(&s, &resumed, sizeof s);
+    assert_true(weight == resumed_weight);
+}
+
+static void rewinds_end(void** state) {
+    (void)state;
+    world.bad_token = -1, world.bad_step = 6, world.bad_loss = NAN;
+    Outcome o = train(true, "a", MORE("checkpoint.every=4", "guard.policy=rewind", "guard.rewind_max=3"));
+    assert_int_equal(o.err.code, EXIT_INTERNAL);
+    assert_non_null(strstr(o.err.text, "guard.rewind_max"));
+    assert_int_equal(world.steps, 6 + 1 + 3); // one bad step, and one after each rewind
+    assert_int_equal(o.state.rewinds, 3);
+    free(o.said);
+    assert_int_not_equal(access(temp_path("a/checkpoints/step_00000005"), F_OK), 0);
+}
+
+// A spike is judged by what came before it, alike on all that resume; what is done is the policy's.
+static void spikes_follow_the_policy(void** state) {
+    (void)state;
+    static const struct {
+        const char *policy, *action;
+        int steps, code, skipped;
+    } cases[] = {{"guard.policy=warn", "applied", 20, 0, 0},
+                 {"guard.policy=skip", "skipped", 20, 0, 1},
+                 {"guard.policy=rewind", "rewind", 15 + 10, 0, 0},
+                 {"guard.policy=stop", "stop", 15, EXIT_INTERNAL, 1}};
+    const int32_t* all = all_batches();
+    for (int i = 0; i < 4; i++) {
+        char policy[32];
+        world.bad_token = all[14], world.bad_loss = 5.2; // five deviations above the mean
+        snprintf(policy, sizeof policy, "%s", cases[i].policy);
+        Outcome o = train(
+            true, policy,
+            MORE("schedule.max_steps=20", "checkpoint.every=10", "guard.sigma=4", "guard.window=10", policy));
+        assert_int_equal(o.err.code, cases[i].code);
+        assert_int_equal(world.steps, cases[i].steps);
+        assert_int_equal(o.state.skipped_steps, cases[i].skipped);
+        free(o.said);
+        char* log = slurp(world.log);
+        char action[32];
+        snprintf(action, sizeof action, "\"action\":\"%s\"", cases[i].action);
+        assert_int_equal(occurrences(log, "\"event\":\"guard\""), 1);
+        assert_int_equal(occurrences(log, action), 1);
+        free(log);
+    }
+    // in a window that is not full there are no spikes
+    expect_ok(train(true, "early", MORE("schedule.max_steps=20", "guard.sigma=4", "guard.window=15")));
+    expect_ok(train(true, "off", MORE("schedule.max_steps=20", "guard.policy=stop")));
+    char* log = slurp(world.log);
+    assert_int_equal(occurrences(log, "\"event\":\"guard\""), 0);
+    free(log);
+    // a detector that was saved judges as one that was not
+    Outcome o = train(true, "saved", MORE("schedule.max_steps=20", "guard.sigma=4", "guard.window=10"));
+    world.stop_step = 12;
+    Outcome stopped =
+        train(true, "resumed", MORE("schedule.max_steps=20", "guard.sigma=4", "guard.window=10"));
+    world.stop_step = 0;
+    Outcome resumed =
+        train(true, "resumed", MORE("schedule.max_steps=20", "guard.sigma=4", "guard.window=10"));
+    assert_int_equal(o.state.skipped_steps, 1);
+    assert_memory_equal(&o.state, &resumed.state, sizeof o.state);
+    free(o.said), free(stopped.said), free(resumed.said);
 }
 
 // Where nothing can be saved training goes on and says so each time; that the last one failed is the run's
@@ -485,11 +656,20 @@ static void memory_advice_fits(void** state) {
 int main(void) {
 #define TEST(name) cmocka_unit_test_setup_teardown(name, set_up, remove_temp_dir)
     const struct CMUnitTest tests[] = {
-        TEST(batches_arrive_in_order),         TEST(reports_overlap_steps),
-        TEST(checkpoints_hold_their_step),     TEST(stops_and_goes_on),
-        TEST(skipped_steps_are_counted),       TEST(failed_saves_are_said_once),
-        TEST(finished_runs_keep_their_config), TEST(memory_advice_fits),
-        TEST(checkpoints_come_by_the_clock),   TEST(intervals_follow_the_formula),
+        TEST(batches_arrive_in_order),
+        TEST(reports_overlap_steps),
+        TEST(checkpoints_hold_their_step),
+        TEST(stops_and_goes_on),
+        TEST(skipped_steps_are_counted),
+        TEST(failed_saves_are_said_once),
+        TEST(finished_runs_keep_their_config),
+        TEST(memory_advice_fits),
+        TEST(checkpoints_come_by_the_clock),
+        TEST(intervals_follow_the_formula),
+        TEST(rewinds_skip_what_was_bad),
+        TEST(rewinds_survive_a_resume),
+        TEST(rewinds_end),
+        TEST(spikes_follow_the_policy),
     };
     return cmocka_run_group_tests_name("trainer", tests, NULL, NULL);
 }
