@@ -596,6 +596,11 @@ void gpt_measure(const RunConfig* run, double* matmul_rate, double* copy_rate) {
 
 void gpt_print_device(FILE* out) { fprintf(out, "CPU, %d threads\n", omp_get_max_threads()); }
 
+bool gpt_bus_id(char out[32]) {
+    (void)out;
+    return false;
+}
+
 void program_versions(FILE* out) {
 #ifdef USE_DNNL
     const dnnl_version_t* v = dnnl_version();

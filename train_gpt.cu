@@ -1848,6 +1848,16 @@ void gpt_print_device(FILE* out) {
             device.driver / 1000, device.driver % 1000 / 10);
 }
 
+bool gpt_bus_id(char out[32]) {
+    cudaDeviceProp properties;
+    int number;
+    if (cudaGetDevice(&number) != cudaSuccess || cudaGetDeviceProperties(&properties, number) != cudaSuccess)
+        return false;
+    snprintf(out, 32, "%08x:%02x:%02x.0", properties.pciDomainID, properties.pciBusID,
+             properties.pciDeviceID);
+    return true;
+}
+
 void program_versions(FILE* out) {
     int runtime = 0;
     cudaRuntimeGetVersion(&runtime);

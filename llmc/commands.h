@@ -44,6 +44,8 @@ static inline void log_start(Trainer* t, bool resumed) {
     event_text(&line, "version", t->program->version);
     event_number(&line, "parameters", (double)model_num_parameters(&t->run.model));
     event_number(&line, "threads", omp_get_max_threads());
+    event_launch(&line, &t->run, t->peak_flops);
+    event_number(&line, "productive_seconds", t->telemetry.productive);
     string_append(&line, ",\"config\":%s", t->config_json.data);
     event_end(&t->metrics, &line);
 }
@@ -52,6 +54,8 @@ static inline void log_start(Trainer* t, bool resumed) {
 static inline void log_stop(Trainer* t, const char* reason, const Error* err) {
     String line = event_begin("stop", t->state.step);
     event_text(&line, "reason", reason);
+    event_number(&line, "productive_seconds", t->telemetry.productive);
+    event_number(&line, "goodput", goodput(&t->telemetry));
     if (err->code != 0) event_text(&line, "error", err->text);
     event_end(&t->metrics, &line);
 }
@@ -99,6 +103,9 @@ static inline bool command_train(Trainer* t, const char* argument, Error* err) {
             ((finished || write_run_config(t, err)) && metrics_open(&t->metrics, run->log.run_dir, err));
     if (!agree(t, err) || !ready) return false;
     t->peak_flops = gpt_peak_flops(&t->run);
+    if (first) telemetry_start(&t->telemetry, t->metrics.path, t->state.step);
+    if (first && run->log.tensorboard)
+        tensorboard_open(&t->metrics.tensorboard, run->log.run_dir, t->state.step);
     print_start(t, resumed);
     log_start(t, resumed);
     bool ok = train_loop(t, err), done = t->state.step >= (uint64_t)run->schedule.max_steps;
@@ -414,6 +421,7 @@ static inline int run_with_config(const Program* program, const Command* command
 static inline int program_main(const Program* program, int argc, char** argv) {
     Error err = {0, {0}};
     Launch launch;
+    hold_standard_streams();
     if (!launch_find(&launch, &argc, argv, &err)) exit_with(&err);
     int done = run_without_config(program, argc, argv);
     if (done == EXIT_OK && !flush_output(&err)) exit_with(&err);

@@ -74,6 +74,7 @@ typedef struct {
     struct {
         char run_dir[CONFIG_TEXT];
         int every;
+        bool tensorboard;
     } log;
     struct {
         int every, batches;
@@ -234,6 +235,8 @@ static const Knob knobs[] = {
         "directory of the run: `log.jsonl`, `run_config.json`, `checkpoints/`"},
     {"log", "every", KNOB_INT, AT(log.every), "1", 1, STEPS_MAX, NULL,
         "steps between lines of the log"},
+    {"log", "tensorboard", KNOB_BOOL, AT(log.tensorboard), "false", 0, 0, NULL,
+        "also write what TensorBoard reads, to `tensorboard/` in `run_dir`"},
     {"eval", "every", KNOB_INT, AT(eval.every), "0", 0, STEPS_MAX, NULL,
         "steps between evaluations on `data.validation`; 0: only at the end"},
     {"eval", "batches", KNOB_INT, AT(eval.batches), "0", 0, STEPS_MAX, NULL,

@@ -1,19 +1,28 @@
-// What a run says: log.jsonl for programs (one object a line, the source of every plot and report), the newest
-// step's numbers in metrics.prom for Prometheus' node exporter, and the step line for people. What cannot be
-// written never stops a run: it is said once, and training goes on.
+// What a run says to programs: log.jsonl (one object a line, the source of every plot and report), the newest
+// step's numbers in metrics.prom for Prometheus' node exporter, and those of steps and evaluations for
+// TensorBoard. What cannot be written never stops a run: it is said once, and training goes on.
 #pragma once
 #include <math.h>
 
-#include "llmc/json.h"  // defines: json_append_string
-#include "llmc/utf8.h"  // defines: utf8_sequence
-#include "llmc/utils.h" // defines: String, string_append, write_all
+#include "llmc/json.h"        // defines: cJSON, json_append_string
+#include "llmc/tensorboard.h" // defines: Tensorboard, tensorboard_scalar, tensorboard_record
+#include "llmc/utf8.h"        // defines: utf8_sequence
+#include "llmc/utils.h"       // defines: String, string_append, write_all
 
 typedef struct {
     int fd;                                  // of log.jsonl; -1 once writing failed
     char path[PATH_MAX], textfile[PATH_MAX]; // log.jsonl; metrics.prom, "" once writing failed
+    String gauges;                           // what metrics.prom shall hold; size 0: it does
+    double textfile_written;                 // when, by seconds_now; 0: not yet
+    Tensorboard tensorboard;
 } Metrics;
 
-static inline void metrics_close(Metrics* m) {
+static inline void metrics_init(Metrics* m) {
+    memset(m, 0, sizeof *m);
+    m->fd = m->tensorboard.fd = -1;
+}
+
+static inline void metrics_close_log(Metrics* m) {
     if (m->fd >= 0) close(m->fd);
     m->fd = -1;
 }
@@ -22,12 +31,13 @@ static inline void metrics_write(Metrics* m, const char* data, size_t size) {
     if (m->fd < 0 || write_all(m->fd, data, size)) return;
     fprintf(stderr, "warning: cannot write %s: %s; training goes on without the log\n", m->path,
             strerror(errno));
-    metrics_close(m);
+    metrics_close_log(m);
 }
 
 // Appends to RUN_DIR/log.jsonl. Only a log that cannot be opened at all is an error: most likely it is in the
 // wrong place.
 static inline bool metrics_open(Metrics* m, const char* run_dir, Error* err) {
+    metrics_init(m);
     if (!path_join(m->path, run_dir, "log.jsonl", err) ||
         !path_join(m->textfile, run_dir, "metrics.prom", err))
         return false;
@@ -64,32 +74,6 @@ static inline void event_text(String* line, const char* key, const char* text) {
     json_append_string(line, text);
 }
 
-// The numbers of an event without texts, as gauges in Prometheus' text format 0.0.4. A reader finds this file or the
-// one before; after a power cut there may be none.
-static inline void metrics_textfile(Metrics* m, const String* line) {
-    String text = {NULL, 0, 0};
-    char temporary[PATH_MAX + 8];
-    if (m->textfile[0] == '\0') return;
-    for (const char* at = strchr(line->data, ','); at != NULL; at = strchr(at + 1, ',')) {
-        int key = (int)strcspn(at + 2, "\""); // ,"key":number
-        const char* number = at + key + 4;
-        if (*number == 'n') number = "NaN"; // null
-        int digits = (int)strcspn(number, ",}");
-        string_append(&text, "# TYPE pretrain_%.*s gauge\npretrain_%.*s %.*s\n", key, at + 2, key, at + 2,
-                      digits, number);
-    }
-    snprintf(temporary, sizeof temporary, "%s.tmp", m->textfile);
-    int fd = open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-    bool ok = fd >= 0 && write_all(fd, text.data, text.size);
-    if (fd >= 0) ok = close(fd) == 0 && ok;
-    free(text.data);
-    if (ok && rename(temporary, m->textfile) == 0) return;
-    fprintf(stderr, "warning: cannot write %s: %s; training goes on without it\n", m->textfile,
-            strerror(errno));
-    unlink(temporary);
-    m->textfile[0] = '\0';
-}
-
 // Text of a model: any bytes. JSON is UTF-8 and a C string ends at a NUL, so what is not UTF-8, and NULs,
 // become U+FFFD, the replacement character.
 static inline void event_bytes(String* line, const char* key, const char* bytes, size_t size) {
@@ -108,10 +92,85 @@ static inline void event_bytes(String* line, const char* key, const char* bytes,
     free(text.data);
 }
 
+typedef void (*UseNumber)(String* out, const char* key, double value);
+
+// Calls `use` for every number of an event; what is null is a number that is not finite.
+static inline void event_numbers(const cJSON* event, const char* prefix, UseNumber use, String* out) {
+    char key[128];
+    const cJSON* item;
+    cJSON_ArrayForEach(item, event) {
+        snprintf(key, sizeof key, "%s%s", prefix, item->string);
+        if (cJSON_IsNumber(item) || cJSON_IsNull(item))
+            use(out, key, cJSON_IsNull(item) ? NAN : item->valuedouble);
+    }
+}
+
+// A gauge in Prometheus' text format 0.0.4.
+static inline void append_gauge(String* out, const char* key, double value) {
+    string_append(out, "# TYPE pretrain_%s gauge\npretrain_%s ", key, key);
+    string_append(out, isfinite(value) ? "%.15g\n" : "NaN\n", value);
+}
+
+// A reader finds this file or the one before; after a power cut there may be none.
+static inline void metrics_write_textfile(Metrics* m) {
+    char temporary[PATH_MAX + 8];
+    if (m->textfile[0] == '\0' || m->gauges.size == 0) return;
+    snprintf(temporary, sizeof temporary, "%s.tmp", m->textfile);
+    int fd = open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+    bool ok = fd >= 0 && write_all(fd, m->gauges.data, m->gauges.size);
+    if (fd >= 0) ok = close(fd) == 0 && ok;
+    m->gauges.size = 0, m->textfile_written = seconds_now();
+    if (ok && rename(temporary, m->textfile) == 0) return;
+    fprintf(stderr, "warning: cannot write %s: %s; training goes on without it\n", m->textfile,
+            strerror(errno));
+    unlink(temporary);
+    m->textfile[0] = '\0';
+}
+
+// Once a second, as nobody reads it more often: ext4 begins to write a file that replaces another to the
+// disk, which takes longer than everything else here.
+static inline void metrics_textfile(Metrics* m, const cJSON* event) {
+    m->gauges.size = 0;
+    event_numbers(event, "", append_gauge, &m->gauges);
+    if (m->textfile_written == 0 || seconds_now() - m->textfile_written >= 1) metrics_write_textfile(m);
+}
+
+static inline void metrics_tensorboard(Metrics* m, cJSON* event, const char* kind) {
+    String summary = {NULL, 0, 0};
+    char prefix[16];
+    if (m->tensorboard.fd < 0) return;
+    cJSON* time = cJSON_DetachItemFromObject(event, "time");
+    cJSON* step = cJSON_DetachItemFromObject(event, "step");
+    String record = tensorboard_event(time->valuedouble, (uint64_t)step->valuedouble);
+    cJSON_Delete(time), cJSON_Delete(step);
+    snprintf(prefix, sizeof prefix, "%s/", kind);
+    event_numbers(event, prefix, tensorboard_scalar, &summary);
+    proto_bytes(&record, 5, summary.data, summary.size);
+    tensorboard_record(&m->tensorboard, &record);
+    free(record.data), free(summary.data);
+}
+
+// Steps and evaluations have numbers only, which go to the other places, too.
 static inline void event_end(Metrics* m, String* line) {
+    static const char* const kinds[] = {"step", "eval"};
     string_append(line, "}\n");
     metrics_write(m, line->data, line->size);
+    for (int i = 0; i < 2; i++) {
+        if (strncmp(line->data + 10, kinds[i], 4) != 0 || line->data[14] != '"') continue; // {"event":"
+        cJSON* event = cJSON_Parse(line->data);
+        if (i == 0) metrics_textfile(m, event);
+        metrics_tensorboard(m, event, kinds[i]);
+        cJSON_Delete(event);
+    }
     free(line->data);
+}
+
+static inline void metrics_close(Metrics* m) {
+    metrics_write_textfile(m);
+    free(m->gauges.data);
+    metrics_close_log(m);
+    tensorboard_close(&m->tensorboard);
+    metrics_init(m);
 }
 
 // "12d03h", "1h02m", "3m07s", "12s"; no time and what is not a number are "0s"

@@ -75,6 +75,7 @@ bool gpt_self_test(const RunConfig* run,
                    Error* err); // does the device compute, and remember, what it should?
 
 void gpt_print_device(FILE* out); // one line: what the model is computed on
+bool gpt_bus_id(char out[32]);    // of the GPU it is computed on, as NVML calls it; false: there is none
 void program_versions(FILE* out); // a line for each library
 enum { PREFETCH_DEPTH = 2 };      // batches (global_batch_size, T + 1) that a thread has ready
 

@@ -13,25 +13,27 @@ static inline void report_step(Trainer* t, const StepResult* r) {
     double tokens = (double)run->batch.global_batch_size * run->batch.sequence_length;
     double rate = tokens / seconds_per_step;
     double flops = rate * flops_per_token(&run->model, run->batch.sequence_length, FLOPS_CAUSAL);
+    double seconds_left = (double)((uint64_t)run->schedule.max_steps - t->state.step) * seconds_per_step;
     char left[24], bpb[16] = "-", speed[32];
+    const Style* style = t->telemetry.style;
     snprintf(speed, sizeof speed, peak != 0 ? "MFU %4.1f %%" : "%6.1f GFLOP/s",
-             peak != 0 ? 100 * flops / peak : flops / 1e9);
-    format_duration(left, (double)((uint64_t)run->schedule.max_steps - t->state.step) * seconds_per_step);
+             peak != 0 ? 100 * flops / (peak * run->layout.size) : flops / 1e9);
+    format_duration(left, seconds_left);
     if (isfinite(t->bits_per_byte)) snprintf(bpb, sizeof bpb, "%.4f", t->bits_per_byte);
-    printf("step %6llu/%d | loss %7.4f | val bpb %s | norm %6.3f | lr %.2e | %7.0f tok/s | %s | "
-           "left %s%s\n",
-           (unsigned long long)t->state.step, run->schedule.max_steps, r->loss, bpb, r->grad_norm, r->lr,
-           rate, speed, left, r->applied ? "" : " | SKIPPED");
+    printf("%sstep %6llu/%d%s | loss %s%7.4f%s | val bpb %6s | norm %6.3f | lr %.2e | %7.0f tok/s | %s | "
+           "left %s%s%s%s%s\n",
+           style->dim, (unsigned long long)t->state.step, run->schedule.max_steps, style->plain, style->bold,
+           r->loss, style->plain, bpb, r->grad_norm, r->lr, rate, speed, left, style->alarm,
+           r->applied ? "" : " | SKIPPED", style->plain, style->clear);
+    console_progress(stdout, style, t->state.step, (uint64_t)run->schedule.max_steps, seconds_left);
     fflush(stdout);
     String line = event_begin("step", t->state.step);
     event_number(&line, "loss", r->loss);
     event_number(&line, "grad_norm", r->grad_norm);
     event_number(&line, "learning_rate", r->lr);
     event_number(&line, "tokens", (double)t->state.tokens);
-    event_number(&line, "tokens_per_second", rate);
     event_number(&line, "step_seconds", r->seconds);
-    event_number(&line, "gflops", flops / 1e9);
-    if (peak != 0) event_number(&line, "mfu", flops / peak);
+    event_rates(&line, run, rate, peak);
     event_number(&line, "skipped_steps", (double)t->state.skipped_steps);
     RankSeconds ranks;
     if (watchdog_ranks(&t->watchdog, &ranks)) {
@@ -40,7 +42,7 @@ static inline void report_step(Trainer* t, const StepResult* r) {
         event_number(&line, "rank_seconds_max", ranks.max);
         event_number(&line, "slowest_rank", ranks.slowest);
     }
-    metrics_textfile(&t->metrics, &line);
+    event_times(&line, &t->telemetry);
     event_end(&t->metrics, &line);
 }
 
@@ -53,7 +55,8 @@ static inline bool report_evaluation(Trainer* t, Error* err) {
     printf("eval %6llu | val loss %.4f | perplexity %.2f", (unsigned long long)t->state.step, e.loss,
            e.perplexity);
     if (isfinite(e.bits_per_byte)) printf(" | %.4f bits per byte", e.bits_per_byte);
-    printf(" | %llu tokens in %.1f s\n", (unsigned long long)e.tokens, seconds_now() - start);
+    printf(" | %llu tokens in %.1f s%s\n", (unsigned long long)e.tokens, seconds_now() - start,
+           t->telemetry.style->clear);
     String line = event_begin("eval", t->state.step);
     event_number(&line, "loss", e.loss);
     event_number(&line, "perplexity", e.perplexity);
@@ -67,7 +70,8 @@ static inline bool report_samples(Trainer* t, Error* err) {
         String text = {NULL, 0, 0};
         flight_phase(PHASE_SAMPLE, t->state.step);
         if (!generate(t, i, &text, err)) return false;
-        printf("---- sample %d at step %llu\n", i + 1, (unsigned long long)t->state.step);
+        printf("---- sample %d at step %llu%s\n", i + 1, (unsigned long long)t->state.step,
+               t->telemetry.style->clear);
         print_escaped(stdout, text.data, text.size);
         printf("\n----\n");
         String line = event_begin("sample", t->state.step);
@@ -90,7 +94,8 @@ static inline bool finish_save(Trainer* t, Error* err) {
     flight_phase(PHASE_SAVE, step);
     if (!saver_finish(&t->saver, err)) return false;
     t->saved_step = step;
-    printf("save %6llu | %s/step_%08llu in %.1f s\n", step, saver->directory, step, saver->seconds);
+    printf("save %6llu | %s/step_%08llu in %.1f s%s\n", step, saver->directory, step, saver->seconds,
+           t->telemetry.style->clear);
     fflush(stdout);
     String line = event_begin("checkpoint", step);
     event_text(&line, "directory", saver->directory);
@@ -207,19 +212,26 @@ static inline bool after_step(Trainer* t, bool applied, Due* due, Error* err) {
             "(guard.max_skipped_steps is the limit)",
             run->guard.max_skipped_steps, step);
     }
+    double before = seconds_now();
     if (due->save && !save(t, err)) {
         if (step == (uint64_t)run->schedule.max_steps) return false;
         warn_of_no_checkpoint(t, step, err);
         memset(err, 0, sizeof *err);
     }
+    if (due->save) before = telemetry_spend(&t->telemetry, SPENT_CHECKPOINT, before);
     if (due->evaluate && !stop_alone(t) && !report_evaluation(t, err)) return false;
-    return !due->sample || t->control.rank > 0 || stop_alone(t) || report_samples(t, err);
+    if (due->evaluate) before = telemetry_spend(&t->telemetry, SPENT_EVAL, before);
+    bool ok = !due->sample || t->control.rank > 0 || stop_alone(t) || report_samples(t, err);
+    if (due->sample) telemetry_spend(&t->telemetry, SPENT_SAMPLE, before);
+    return ok;
 }
 
 // The rows of the next step, for which it waits.
 static inline bool load_batch(Trainer* t, Prefetch* prefetch, Error* err) {
     flight_phase(PHASE_DATA, t->state.step + 1);
+    double before = seconds_now();
     const int32_t* rows = prefetch_next(prefetch, err);
+    telemetry_spend(&t->telemetry, SPENT_DATA, before);
     if (rows == NULL) return false;
     gpt_load_batch(t->gpt, rows, t->run.batch.global_batch_size / num_replicas(&t->run.layout),
                    t->run.data.document_mask, t->eot_id);
@@ -263,8 +275,9 @@ static inline bool run_steps(Trainer* t, Prefetch* prefetch, bool* rewind, Error
         if (t->state.step + 1 < max_steps) ok = load_batch(t, prefetch, err);
         r = finish_step(t);
         r.seconds = seconds_now() - start; // the wait for data included
-        if (t->stall_grows) t->stall += fmax(0, r.seconds - t->seconds_per_step);
-        t->stall_grows = false;
+        double stall = t->stall_grows ? fmax(0, r.seconds - t->seconds_per_step) : 0;
+        t->stall += stall, t->stall_grows = false;
+        telemetry_step(&t->telemetry, r.applied, r.seconds, stall);
         t->seconds_per_step += (done < 20 ? 1.0 / done : 0.05) * (r.seconds - t->seconds_per_step);
         Due due = due_after_step(t, &r);
         bool at_once =

@@ -8,6 +8,7 @@
 #include "llmc/metrics.h"         // defines: Metrics, metrics_close
 #include "llmc/program.h"         // defines: Program, StepResult, gpt_create, gpt_host_state ...
 #include "llmc/saver.h"           // defines: Saver, saver_finish
+#include "llmc/telemetry.h"       // defines: Telemetry, telemetry_stop
 #include "llmc/tokenizer.h"       // defines: Tokenizer
 #include "llmc/tokenizer_files.h" // defines: tokenizer_load, tokenizer_save_json
 #include "llmc/watchdog.h"        // defines: Watchdog, watchdog_start, watchdog_stop
@@ -34,6 +35,7 @@ typedef struct {
     double stall;     // seconds that the last save kept training from going on; 0: none is known
     bool stall_grows; // it goes on in the step that is now computed
     Metrics metrics;
+    Telemetry telemetry;
     String config_json;      // as resolved, on one line
     double peak_flops;       // of the device, 0 where it is not known; asked for once
     double seconds_per_step; // a mean at first, then an exponential average over about 20 steps
@@ -44,7 +46,9 @@ static inline void trainer_init(Trainer* t, const Program* program) {
     memset(t, 0, sizeof *t);
     t->program = program, t->gpt = program->gpt;
     t->control.size = t->save_control.size = t->watchdog.control.size = 1;
-    t->bits_per_byte = NAN, t->metrics.fd = t->run_dir_fd = -1;
+    t->bits_per_byte = NAN, t->run_dir_fd = -1;
+    metrics_init(&t->metrics);
+    t->telemetry.style = console_style(stdout);
 }
 
 // False on all processes if something failed (err) on any.
@@ -62,6 +66,7 @@ static inline void trainer_close(Trainer* t, const Error* err) {
     dataloader_close(&t->validation);
     tokenizer_free(&t->tokenizer);
     gpt_free(t->gpt);
+    telemetry_stop(&t->telemetry);
     metrics_close(&t->metrics);
     if (t->run_dir_fd >= 0) close(t->run_dir_fd);
     control_close(&t->control), control_close(&t->save_control);

@@ -2,6 +2,7 @@
 //
 //     EMU_MEMORY=bytes    its memory (16 GiB)
 //     EMU_ARCH=70         its compute capability times ten (90); kernels run from 80 on
+//     EMU_NAME=text       what it is called (emulated GPU)
 //     EMU_NO_DRIVER=1     a machine without a driver; =device: with a driver and without a device
 //     EMU_DEVICES=n       how many of them there are (1); each process has its own memory of each
 //     EMU_SEED=n          orders that CUDA leaves open (threads, blocks, streams) are drawn, not fixed
@@ -120,7 +121,8 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
     cudaError_t error = known_device(device);
     if (error != cudaSuccess) return error;
     memset(properties, 0, sizeof *properties);
-    strcpy(properties->name, "emulated GPU");
+    const char* name = getenv("EMU_NAME");
+    snprintf(properties->name, sizeof properties->name, "%s", name != NULL ? name : "emulated GPU");
     properties->totalGlobalMem = emu_device()->memory;
     properties->major = emu_device()->architecture / 10;
     properties->minor = emu_device()->architecture % 10;

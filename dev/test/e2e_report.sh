@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# scripts/report on logs that a run can leave behind, and scripts/austen.py on a data file made here.
+# scripts/report and wandb_import on logs that a run can leave behind, and scripts/austen.py on a data file made here.
 set -u
 . "$(dirname "$0")/tap.sh"
 if ! command -v python3 >/dev/null; then
@@ -22,7 +22,7 @@ with open(os.path.join(run, "log.jsonl"), "w") as log:
             if s % 20 == 0:
                 event("eval", s, loss=loss + 1, perplexity=2.5, bits_per_byte=1.25)
                 event("checkpoint", s, seconds=0.1)
-    event("start", 0, version="v1.2-3-gabcdef")
+    event("start", 0, version="v1.2-3-gabcdef", config={"seed": 7})
     steps(1, 60, 7.0)
     log.write('{"event":"step","step":61,"lo\n')
     event("resume", 40, version="v1.2-3-gabcdef")
@@ -74,10 +74,56 @@ check "the config is a table" report_has "<th>model.hidden_size</th><td>48</td>"
 check "text of the model is escaped" report_has "&lt;script&gt;alert(&#x27;no&#x27;)&lt;/script&gt; &amp; so"
 check "text of the config is escaped" report_has "&lt;shards&gt;"
 
-cp -r "$work/run" "$work/other"
+# A run of several GPUs that had its troubles: a skipped step, a rewind from 30 to 20, a rank that was lost.
+mkdir "$work/other"
+python3 - "$work/other/log.jsonl" <<'END'
+import json, sys
+with open(sys.argv[1], "w") as log:
+    def event(kind, step, **fields):
+        log.write(json.dumps({"event": kind, "time": 1.8e9 + step, "step": step, **fields}) + "\n")
+    def steps(first, last, loss):
+        for s in range(first, last + 1):
+            event("step", s, loss=loss, skipped_steps=int(s > 9), mfu=0.5, hfu=0.625, goodput=0.75, data_seconds=0.001,
+                  checkpoint_stall_seconds=0, eval_seconds=0.5, sample_seconds=0, tokens_per_second_per_gpu=1000,
+                  rank_seconds_min=0.1, rank_seconds_median=0.11, rank_seconds_max=0.25, slowest_rank=3,
+                  gpu_power_watts=700, gpu_temperature_celsius=66, gpu_sm_clock_mhz=1980)
+    event("start", 0, version="v2", processes=4, device="NVIDIA <H100>")
+    steps(1, 30, 9.0)
+    event("guard", 30, what="spike <of> loss", action="rewind")
+    event("rewind", 20, from_step=30)
+    steps(21, 40, 4.0)
+    event("lost", 40, error="rank 3 is silent")
+    event("stop", 40, reason="error", error="it <ended>")
+END
+check "a run with troubles" scripts/report "$work/other"
+other_has() { grep -qF -- "$1" "$work/other/report.html"; }
+check "its report is well-formed" is_well_formed "$work/other/report.html"
+for title in Utilisation "Not training" Goodput Ranks Power Temperature Clock; do
+    check "it has the plot $title" other_has "<figcaption>$title<span>"
+done
+for mark in "skipped at step 10" "guard at step 30" "rewound at step 20" "lost a rank at step 40"; do
+    check "the mark '$mark'" other_has "<title>$mark<"
+done
+check "skipped steps are marked once" [ "$(grep -o '<figcaption>Loss<.*<figcaption>Throughput\|<figcaption>Loss<.*<figcaption>Utilisation' \
+    "$work/other/report.html" | grep -o 'skipped at' | wc -l)" -eq 1 ]
+check "what a rewind took back does not count" sh -c "python3 -B -c '
+from importlib.machinery import SourceFileLoader
+run = SourceFileLoader(\"report\", \"scripts/report\").load_module().Run(\"$work/other\")
+assert run.curve(\"step\", \"loss\") == [(s, 9.0 if s <= 20 else 4.0) for s in range(1, 41)]'"
+check "the table of events has each of them" other_has "what spike &lt;of&gt; loss, action rewind"
+check "and the message of the end" other_has "it &lt;ended&gt;"
+check "and who computed" other_has "version v2, processes: 4, on NVIDIA &lt;H100&gt;"
+check "the figures are shares" other_has "<td>75.0%</td>"
+check "the labels have different colours" [ "$(grep -o 'key" style="--colour:var(--c[0-9])">\(slowest\|median\|fastest\)' \
+    "$work/other/report.html" | cut -d'>' -f1 | sort -u | wc -l)" -eq 3 ]
+
 check "two runs in one report" scripts/report "$work/run" "$work/other" -o "$work/both.html"
 check "which is well-formed" is_well_formed "$work/both.html"
 check "and names both" grep -qF '/other</span>' "$work/both.html"
+check "with the troubles of each in its colour" grep -qE 'loud" style="stroke:var\(--c1\)" d="[^"]*"><title>[^<]*/other rewound at step 20<' \
+    "$work/both.html"
+check "and of the other" grep -qE 'loud" style="stroke:var\(--c0\)" d="[^"]*"><title>[^<]*/run resumed at step 40<' "$work/both.html"
+check "and without their checkpoints" sh -c "! grep -q 'saved at' '$work/both.html'"
 
 mkdir "$work/empty" && : >"$work/empty/log.jsonl"
 check "a run that has not logged anything yet" scripts/report "$work/empty"
@@ -89,6 +135,37 @@ printf '[]\n7\n"x"\n{"event":"step","step":"x"}\n{}\n{"event":"step","step":2,"l
 check "a log of nothing but rubbish" scripts/report "$work/empty"
 check "no log" says 66 "$work/none/log.jsonl" scripts/report "$work/none"
 check "no place for the report" says 66 "$work/none/r.html" scripts/report "$work/run" -o "$work/none/r.html"
+
+# Weights & Biases: a module of that name that notes what it is told
+mkdir "$work/wandb"
+cat >"$work/wandb/wandb.py" <<'END'
+import json, os
+class Run:
+    def log(self, numbers, step):
+        self.told.append([step, numbers])
+    def finish(self):
+        json.dump(self.told, open(os.environ["TOLD"], "w"))
+def init(**arguments):
+    run = Run()
+    run.told = [arguments]
+    return run
+END
+check "an import into Weights & Biases" env TOLD="$work/told" PYTHONPATH="$work/wandb" scripts/wandb_import "$work/run" --project p
+cat >"$work/told.py" <<'END'
+import json, sys
+first, *steps = json.load(open(sys.argv[1]))
+assert first == {"project": "p", "name": "run", "config": {"seed": 7}}, first
+assert [step for step, _ in steps] == list(range(1, 81))
+for step, numbers in steps:
+    assert numbers["step/loss"] == (7.0 if step <= 40 else 3.0), step
+    assert ("eval/loss" in numbers) == (step % 20 == 0) and "step/step" not in numbers and "step/time" not in numbers
+    assert ("step/grad_norm" in numbers) == (step != 50)
+END
+check "has every step once, as it came out last" python3 "$work/told.py" "$work/told"
+mkdir "$work/wandb_missing" # a module that is not there, even where the real one is
+echo 'raise ImportError("not here")' >"$work/wandb_missing/wandb.py"
+check "without the package" says 69 "pip install wandb" env PYTHONPATH="$work/wandb_missing" scripts/wandb_import "$work/run"
+check "without a log" says 66 "none/log.jsonl" scripts/wandb_import "$work/none"
 
 # Two small "novels" as R stores them; the hash of the real ones is checked by the program itself.
 cat >"$work/novels.py" <<'END'

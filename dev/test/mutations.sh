@@ -6,8 +6,8 @@
 #   dev/test/mutations.sh [FIRST [LAST]]     numbers of the list; all by default; `make mutations`
 #
 # The groups "layouts", "overlap" and "replicas" are the trainer itself, as several processes (dev/test/layouts_quick.sh,
-# e2e_overlap.sh and e2e_guard.sh: numbers, time, and faults); "guard" is test_guard and test_trainer, test_NAME that unit
-# test. A line of the list: FILE <tab> TEST GROUP <tab> OLD TEXT <tab> NEW TEXT
+# e2e_overlap.sh and e2e_guard.sh: numbers, time, and faults); "guard" is test_guard and test_trainer, "telemetry" its unit
+# tests and e2e_telemetry.sh, test_NAME that unit test. A line of the list: FILE <tab> TEST GROUP <tab> OLD TEXT <tab> NEW TEXT
 # <tab> WHAT IT BREAKS, with \n for the end of a line. OLD TEXT stands in FILE exactly once, so that a list that no
 # longer fits the code is an error and not a mutation that was not made.
 set -u
@@ -17,7 +17,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cp -r Makefile ./*.c ./*.cu llmc dev scripts configs "$work"
 mkdir "$work/original" && cp -r ./*.c ./*.cu llmc dev "$work/original" # the tree may change meanwhile
-for group in $(cut -f 2 "$list" | grep -vE '^(layouts|overlap|replicas|guard|test_.*)$' | sort -u); do
+for group in $(cut -f 2 "$list" | grep -vE '^(layouts|overlap|replicas|guard|telemetry|test_.*)$' | sort -u); do
     [ "$group" != model ] || printf '#define TESTING\n#include "train_gpt.cu"\n' >"$work/$group.cu"
     printf '#include "dev/test/cuda_%s.cuh"\nint main(void) { test_%s(); return tap_finish(); }\n' "$group" "$group" \
         >>"$work/$group.cu"
@@ -38,6 +38,12 @@ build() { # GROUP
         ;;
     replicas)
         cd "$work" && printf '#!/bin/sh\nexec bash dev/test/e2e_guard.sh replicas\n' >mutant && chmod +x mutant
+        return
+        ;;
+    telemetry)
+        cd "$work" && printf '#!/bin/sh\nexport CMOCKA_MESSAGE_OUTPUT=TAP\nbuild/test/test_metrics && build/test/test_telemetry && \
+            exec bash dev/test/e2e_telemetry.sh\n' >mutant && chmod +x mutant &&
+            make -s WARNINGS= build/test/test_metrics build/test/test_telemetry train_gpt_cpu train_gpt_emu
         return
         ;;
     esac

@@ -5,7 +5,7 @@
 #include <setjmp.h>
 #include <cmocka.h>
 
-static char directory[PATH_MAX], path[PATH_MAX + 16];
+static char directory[PATH_MAX], path[PATH_MAX + 16], textfile[PATH_MAX + 16];
 
 static int setup(void** state) {
     (void)state;
@@ -13,12 +13,13 @@ static int setup(void** state) {
     snprintf(directory, sizeof directory, "%s/metrics.XXXXXX", parent != NULL ? parent : "/tmp");
     if (mkdtemp(directory) == NULL) return -1;
     snprintf(path, sizeof path, "%s/log.jsonl", directory);
+    snprintf(textfile, sizeof textfile, "%s/metrics.prom", directory);
     return 0;
 }
 
 static int teardown(void** state) {
     (void)state;
-    unlink(path);
+    unlink(path), unlink(textfile);
     return rmdir(directory);
 }
 
@@ -184,27 +185,21 @@ static void test_duration(void** state) {
     }
 }
 
-static void two_textfiles(Metrics* m) {
-    String line = event_begin("step", 1);
-    for (int i = 0; i < 2; i++) metrics_textfile(m, &line);
-    free(line.data);
-}
-
 // What a step line says, for Prometheus: each number once, none of them unreadable, and a disk that is full is said once.
 static void test_textfile(void** state) {
     (void)state;
     Metrics m;
     Error err = {0};
     size_t size;
-    char file[PATH_MAX + 16], wanted[256];
+    char wanted[512];
     open_log(&m);
     String line = event_begin("step", 7);
     event_number(&line, "loss", 2.5);
     event_number(&line, "grad_norm", NAN);
     event_number(&line, "tokens", 1234567890123.0);
-    metrics_textfile(&m, &line);
-    snprintf(file, sizeof file, "%s/metrics.prom", directory);
-    char* text = read_file(file, 1 << 16, &size, &err);
+    event_text(&line, "text", "no number");
+    event_end(&m, &line);
+    char* text = read_file(textfile, 1 << 16, &size, &err);
     if (text == NULL) fail_msg("%s", err.text);
     const char* numbers = strstr(text, "# TYPE pretrain_step");
     snprintf(wanted, sizeof wanted,
@@ -215,15 +210,38 @@ static void test_textfile(void** state) {
     assert_string_equal(numbers, wanted);
     assert_memory_equal(text, "# TYPE pretrain_time gauge\npretrain_time ", 41);
     free(text);
-    free(line.data);
-    assert_int_equal(unlink(file), 0);
-    assert_int_equal(mkdir(file, 0777), 0); // nothing can be written there
+    assert_int_equal(unlink(textfile), 0);
+    assert_int_equal(mkdir(textfile, 0777), 0); // nothing can be written there
     char said[1024];
-    captured(said, two_textfiles, &m);
+    m.textfile_written = 0;
+    captured(said, two_lines, &m);
     assert_non_null(strstr(said, "metrics.prom: Is a directory; training goes on without it\n"));
     assert_null(strstr(strchr(said, '\n'), "warning"));
-    assert_int_equal(rmdir(file), 0);
+    assert_int_equal(rmdir(textfile), 0);
     metrics_close(&m);
+}
+
+// Once a second, and at the end what was not written by then.
+static void test_textfile_is_not_written_too_often(void** state) {
+    (void)state;
+    Metrics m;
+    Error err = {0};
+    size_t size;
+    open_log(&m);
+    for (int step = 1; step <= 4; step++) {
+        if (step == 2) m.textfile_written = seconds_now() + 1000;
+        if (step == 3) m.textfile_written = seconds_now() - 1;
+        if (step == 4) m.textfile_written = seconds_now() + 1000;
+        String line = event_begin("step", (uint64_t)step);
+        event_end(&m, &line);
+        char* text = read_file(textfile, 1 << 16, &size, &err);
+        assert_non_null(strstr(text, step < 3 ? "pretrain_step 1\n" : "pretrain_step 3\n"));
+        free(text);
+    }
+    metrics_close(&m);
+    char* text = read_file(textfile, 1 << 16, &size, &err);
+    assert_non_null(strstr(text, "pretrain_step 4\n"));
+    free(text);
 }
 
 static void test_print_escaped(void** state) {
@@ -243,6 +261,7 @@ int main(void) {
         cmocka_unit_test_setup_teardown(test_full_disk, setup, teardown),
         cmocka_unit_test(test_no_directory),
         cmocka_unit_test_setup_teardown(test_textfile, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_textfile_is_not_written_too_often, setup, teardown),
         cmocka_unit_test(test_duration),
         cmocka_unit_test(test_print_escaped),
     };

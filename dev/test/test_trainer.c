@@ -84,6 +84,10 @@ bool gpt_self_test(const RunConfig* run, Error* err) {
     return err->code == 0;
 }
 void gpt_print_device(FILE* out) { fprintf(out, "none\n"); }
+bool gpt_bus_id(char out[32]) {
+    (void)out;
+    return false;
+}
 void program_versions(FILE* out) { (void)out; }
 
 bool gpt_create(GPT* g, const RunConfig* run, int B, int rows, bool training, Error* err) {
