@@ -4,6 +4,7 @@
 #include "llmc/fit.h"             // defines: check_memory
 #include "llmc/layout_search.h"   // defines: layout_search, layout_print, layout_plan_print
 #include "llmc/layout_resolve.h"  // defines: layout_resolve
+#include "llmc/run_state.h"       // defines: run_state_watch, run_state_begin, run_state_end
 #include "llmc/self_test.h"       // defines: self_test_ranks
 #include "llmc/train_loop.h"      // defines: Trainer, train_loop, evaluate, generate
 #include "llmc/verify.h"          // defines: verify_layouts
@@ -85,8 +86,8 @@ static inline bool command_train(Trainer* t, const char* argument, Error* err) {
     Tokens prompt = {NULL, 0, 0};
     block_stop_signals();
     bool first = t->control.rank == 0; // who writes what is there once
-    bool ready =
-        check_memory(run, true, err) && (!first || lock_run_directory(t, err)) && open_data(t, true, err);
+    bool ready = check_memory(run, true, err) &&
+                 (!first || (lock_run_directory(t, err) && run_state_begin(err))) && open_data(t, true, err);
     if (!agree(t, err) || !ready) return false;
     bool prompt_ok =
         run->sample.every == 0 || prompt_tokens(t, &prompt, err); // rather now than after an hour
@@ -109,6 +110,7 @@ static inline bool command_train(Trainer* t, const char* argument, Error* err) {
     print_start(t, resumed);
     log_start(t, resumed);
     bool ok = train_loop(t, err), done = t->state.step >= (uint64_t)run->schedule.max_steps;
+    ok = ok && (!first || run_state_end(done ? "done" : "stopped", err));
     if (ok && !done) {
         t->agreed = true;
         char which[32] = "a signal to another process";
@@ -217,6 +219,14 @@ static inline bool command_plan(Trainer* t, const char* argument, Error* err) {
     return true;
 }
 
+// As resolved, on one line: what a script wants to know of a run without reading JSON with comments itself.
+static inline bool command_config(Trainer* t, const char* argument, Error* err) {
+    (void)argument, (void)err;
+    config_write_json(&t->run, &t->config_json);
+    printf("%s\n", t->config_json.data);
+    return true;
+}
+
 static inline bool command_layouts(Trainer* t, const char* argument, Error* err) {
     enum { CHOICES = 512 };
     int size = (int)strtol(argument, NULL, 10), count = CHOICES;
@@ -256,6 +266,7 @@ typedef struct {
 static const Command commands[] = {
     {"train", command_train, NULL, "train, or resume if a checkpoint is there (the word may be left out)"},
     {"plan", command_plan, NULL, "say what it would take: parameters, FLOPs, memory, time"},
+    {"config", command_config, NULL, "print the run config as it is resolved, as JSON"},
     {"eval", command_eval, NULL, "loss, perplexity and bits per byte on data.validation, as JSON"},
     {"sample", command_sample, NULL, "generate text from sample.prompt"},
     {"export", command_export, "OUT_DIR", "write a Hugging Face model directory"},
@@ -344,8 +355,7 @@ static inline void watch(Trainer* t, const Launch* launch) {
 static inline void end_with(Trainer* t, const Error* err) {
     const Error agreed = {0, {0}};
     if (err->code == EXIT_LOST && !t->agreed && t->watchdog.running) sleep(LOST_PATIENCE);
-    fflush(stdout);
-    if (!t->agreed || t->control.rank == 0) fprintf(stderr, "error: %s\n", err->text);
+    if (!t->agreed || t->control.rank == 0) say_error(err);
     trainer_close(t, t->agreed ? &agreed : err);
     exit(err->code);
 }
@@ -404,6 +414,7 @@ static inline int run_with_config(const Program* program, const Command* command
         command->run != command_eval && command->run != command_sample && command->run != command_export;
     trainer_init(&trainer, program);
     if (!config_load(run, argv[0], argc - used, argv + used, &err)) exit_with(&err);
+    if (command->run == command_train) run_state_watch(run->log.run_dir);
     gpt_choose_device(launch->local_rank);
     if (!meet(&trainer, launch, &err)) exit_with(&err);
     watch(&trainer, launch);

@@ -7,10 +7,14 @@
 #include "llmc/utils.h" // defines: Error, fail, CHECK, EXIT_OS
 
 // ----------------------------------------------------------------------------
-// errors: what goes wrong inside a step is ours (or the hardware's) and ends the program
+// errors: what goes wrong inside a step is the hardware's (or ours) and ends the program, not the run: started
+// again, perhaps on other GPUs, it may go well
 
 static inline void cuda_check(cudaError_t status, const char* call, const char* file, int line) {
-    if (status != cudaSuccess) internal_error(file, line, "%s: %s", call, cudaGetErrorString(status));
+    Error err = {0, {0}};
+    if (status == cudaSuccess) return;
+    fail(&err, EXIT_OS, "%s:%d: %s: %s", file, line, call, cudaGetErrorString(status));
+    exit_with(&err);
 }
 #define CUDA_CHECK(call) cuda_check((call), #call, __FILE__, __LINE__)
 

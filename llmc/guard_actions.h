@@ -114,6 +114,7 @@ static inline bool guard_rewind(Trainer* t, Error* err) {
     if (!weights) t->state.rows = guard_rows_after_rewind(t->state.rows, bad.rows, &t->run);
     if (t->control.rank > 0) return true;
     telemetry_resume(&t->telemetry, t->metrics.path, t->state.step); // steps that are done again count once
+    tensorboard_session(&t->metrics.tensorboard, t->state.step);
     printf("rewound from step %llu to step %llu, row %llu: %llu of at most %d\n",
            (unsigned long long)bad.step, (unsigned long long)t->state.step, (unsigned long long)t->state.rows,
            (unsigned long long)t->state.rewinds, t->run.guard.rewind_max);

@@ -40,7 +40,7 @@ enum ExitCode {
     EXIT_NO_INPUT = 66,     // a file that is not there or cannot be read
     EXIT_NO_DEVICE = 69,    // no GPU that this program can use: driver, device or architecture
     EXIT_INTERNAL = 70,     // an invariant of ours failed, or training diverged (guard)
-    EXIT_OS = 71,           // out of memory, no thread
+    EXIT_OS = 71,           // out of memory, no thread, a GPU that fails
     EXIT_CANNOT_WRITE = 73, // an output cannot be created
     EXIT_IO = 74,           // reading or writing failed half-way (disk full, I/O error)
     EXIT_STOPPED = 75,      // stopped by a signal after saving: run again to go on
@@ -72,22 +72,32 @@ __attribute__((format(printf, 3, 4))) static inline bool fail(Error* err, int co
     return false;
 }
 
+// Called with the exit code and the reason before a program that cannot go on ends; NULL: nothing is.
+static void (*on_giving_up)(int code, const char* reason) = NULL;
+
+static inline void say_error(const Error* err) {
+    fflush(stdout);
+    if (on_giving_up != NULL) on_giving_up(err->code, err->text);
+    fprintf(stderr, "error: %s\n", err->text);
+}
+
 // The end of a program that cannot go on: the sentence on stderr, the code to the caller.
 static inline void exit_with(const Error* err) {
-    fflush(stdout);
-    fprintf(stderr, "error: %s\n", err->text);
+    say_error(err);
     exit(err->code);
 }
 
 __attribute__((format(printf, 3, 4), noreturn)) static inline void internal_error(const char* file, int line,
                                                                                   const char* format, ...) {
+    char text[960];
     va_list args;
     va_start(args, format);
-    fflush(stdout);
-    fprintf(stderr, "internal error at %s:%d: ", file, line);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
+    int n = snprintf(text, sizeof text, "internal error at %s:%d: ", file, line);
+    vsnprintf(text + n, sizeof text - (size_t)n, format, args);
     va_end(args);
+    fflush(stdout);
+    fprintf(stderr, "%s\n", text);
+    if (on_giving_up != NULL) on_giving_up(EXIT_INTERNAL, text);
     exit(EXIT_INTERNAL);
 }
 

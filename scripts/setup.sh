@@ -7,7 +7,7 @@
 set -eu
 
 build="gcc make libc6-dev libcjson-dev libxxhash-dev libpcre2-dev zlib1g-dev libzstd-dev libdnnl-dev python3"
-test="libcmocka-dev strace g++ libboost-context-dev"
+test="libcmocka-dev strace g++ libboost-context-dev slurm-wlm munge"
 hf="python3-torch python3-numpy python3-venv"
 ci="clang libclang-rt-14-dev libomp-dev clang-format cppcheck git"
 

@@ -157,6 +157,7 @@ less() { EMU_MEMORY=$((planned - 1)) train "$@"; }
 check "with a byte less it is refused: exit 71" exits 71 "batch.recompute=" less tiny_gpt2 none
 refused() { EMU_CUBLASLT_REFUSE=GELU_AUX_BIAS train "$@"; }
 check "no fused GELU in cuBLASLt: exit 70, and what to set" exits_internal 70 "precision.fused_gelu=false" refused tiny_gpt2 none
+check "and it is in the run directory" grep -q '^70 internal error at .*fused_gelu' "$work/none/FATAL"
 absent() { EMU_NO_DRIVER=1 train "$@"; }
 check "no driver: exit 69" exits 69 "driver" absent tiny_gpt2 none
 old() { EMU_ARCH=75 train "$@"; }
