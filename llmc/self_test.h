@@ -19,11 +19,6 @@ static inline void name_bad_node(const Trainer* t, const char* node) {
         replace_file(path, line, (size_t)size, &ignored);
 }
 
-static inline int rates_ascending(const void* a, const void* b) {
-    double x = *(const double*)a, y = *(const double*)b;
-    return x < y ? -1 : x > y;
-}
-
 // Rank 0: is somebody slow? offset: of the rate in RankSpeed, which messages say in 10^12 `unit`.
 static inline bool compare_speeds(const Trainer* t, const RankSpeed* speeds, size_t offset, const char* what,
                                   const char* unit, Error* err) {
@@ -34,8 +29,7 @@ static inline bool compare_speeds(const Trainer* t, const RankSpeed* speeds, siz
         if (rates[r] < rates[slowest]) slowest = r;
     }
     double least = rates[slowest];
-    qsort(rates, (size_t)size, sizeof *rates, rates_ascending);
-    double median = rates[size / 2];
+    double median = sort_for_median(rates, size);
     free(rates);
     if (least >= SELF_TEST_SLOW * median) return true;
     name_bad_node(t, speeds[slowest].node);

@@ -194,6 +194,17 @@ __attribute__((format(printf, 2, 3))) static inline void string_append(String* s
     free(buffer);
 }
 
+static inline int compare_doubles(const void* a, const void* b) {
+    double x = *(const double*)a, y = *(const double*)b;
+    return x < y ? -1 : x > y;
+}
+
+// Sorts the values, the least first; returns the median, of an even number the upper one.
+static inline double sort_for_median(double* values, int count) {
+    qsort(values, (size_t)count, sizeof *values, compare_doubles);
+    return values[count / 2];
+}
+
 // ----------------------------------------------------------------------------
 // time and files
 

@@ -416,11 +416,6 @@ static inline void watch_judge(Watchdog* w) {
     free(reports);
 }
 
-static inline int watch_ascending(const void* a, const void* b) {
-    double x = *(const double*)a, y = *(const double*)b;
-    return x < y ? -1 : x > y;
-}
-
 // Rank 0: who is slow? Said once of a rank that was the slowest, by a fifth of the median, for hang_seconds_min.
 static inline void watch_compare(Watchdog* w) {
     int size = w->control.size, slowest = 0, known = 0;
@@ -430,8 +425,8 @@ static inline void watch_compare(Watchdog* w) {
         known += own[r] > 0;
         if (own[r] > own[slowest]) slowest = r;
     }
-    qsort(own, (size_t)size, sizeof *own, watch_ascending);
-    RankSeconds now = {own[0], own[size / 2], own[size - 1], slowest};
+    double median = sort_for_median(own, size);
+    RankSeconds now = {own[0], median, own[size - 1], slowest};
     free(own);
     if (known < size) return;
     bool slow = now.max > 1.2 * now.median && (w->slow_beats == 0 || slowest == w->ranks.slowest);

@@ -10,11 +10,6 @@
 #include <sys/resource.h>
 #include <sys/wait.h>
 
-static int compare_doubles(const void* a, const void* b) {
-    double x = *(const double*)a, y = *(const double*)b;
-    return x < y ? -1 : x > y;
-}
-
 static void bench(int B, int T, int compute, int steps) {
     static RunConfig run;
     Error err = {0};
@@ -38,10 +33,10 @@ static void bench(int B, int T, int compute, int steps) {
         gpt_update(&g, &run, 1e-4, norm > 1 ? 1 / norm : 1, (uint64_t)(step + 2));
         if (step >= 0) times[step] = seconds_now() - start;
     }
-    qsort(times, (size_t)steps, sizeof *times, compare_doubles);
+    double median = sort_for_median(times, steps);
     struct rusage usage;
     getrusage(RUSAGE_SELF, &usage);
-    double flops = (double)(B * T) * flops_per_token(&c, T, FLOPS_CAUSAL), median = times[steps / 2];
+    double flops = (double)(B * T) * flops_per_token(&c, T, FLOPS_CAUSAL);
     printf("%-5s B=%d T=%-4d  median %6.0f ms (best %6.0f)  %6.0f tok/s  %6.1f GFLOP/s  "
            "ratio to matmul alone %.2f"
            "  peak %.2f GB\n",
