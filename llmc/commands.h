@@ -340,10 +340,11 @@ static inline bool meet(Trainer* t, const Launch* launch, Error* err) {
     return ok;
 }
 
-// One process on a CPU may take its time.
-static inline void watch(Trainer* t, const Launch* launch) {
+// Whom others wait for, and who waits for a GPU. One process on a CPU, or one that only plans, may take its time.
+static inline void watch(Trainer* t, const Command* command, const Launch* launch) {
     Watchdog* w = &t->watchdog;
-    if (t->run.parallel.hang_seconds_max == 0 || (t->control.size == 1 && !t->program->asynchronous)) return;
+    bool alone = t->control.size == 1 && !(t->program->asynchronous && command->run == command_train);
+    if (t->run.parallel.hang_seconds_max == 0 || alone) return;
     w->run = &t->run, w->gpt = t->gpt;
     w->main = &t->control, w->saver = &t->save_control, w->metrics = &t->metrics;
     w->mine.local_rank = launch->local_rank;
@@ -417,7 +418,7 @@ static inline int run_with_config(const Program* program, const Command* command
     if (command->run == command_train) run_state_watch(run->log.run_dir);
     gpt_choose_device(launch->local_rank);
     if (!meet(&trainer, launch, &err)) exit_with(&err);
-    watch(&trainer, launch);
+    watch(&trainer, command, launch);
     bool ok = find_place(&trainer, command, training, &err);
     if (!agree(&trainer, &err) || !ok) end_with(&trainer, &err);
     if (run->parallel.threads > 0) omp_set_num_threads(run->parallel.threads);

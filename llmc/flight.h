@@ -73,6 +73,8 @@ static inline int axis_color(const Layout* l, int axis, int replicas, int* key) 
 enum Phase { PHASE_START, PHASE_DATA, PHASE_STEP, PHASE_SAVE, PHASE_EVAL, PHASE_SAMPLE, NUM_PHASES };
 static const char* const phase_names[NUM_PHASES] = {"starting", "loading data", "computing",
                                                     "saving",   "evaluating",   "sampling"};
+// Takes about as long each time. A save that is waited for may have ended before, or not yet begun to write.
+static const bool phase_is_regular[NUM_PHASES] = {false, true, true, false, true, false};
 
 enum {
     FLIGHT_RECORDS = 16384, // the host is ahead of the device by up to two steps: all of their operations

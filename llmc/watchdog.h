@@ -9,8 +9,9 @@
 // What ends a run:
 //     a connection that closes without BYE           the process died: known at once
 //     silence, for parallel.hang_seconds_min         its machine or network is gone, or somebody stopped it
-//     a phase (flight.h) beyond its limit, which is five times the longest of its kind so far, and not below
-//     hang_seconds_min nor above hang_seconds_max    the process that others wait for, and that waits for nobody, hangs
+//     a phase (flight.h) beyond its limit            the process that others wait for, and that waits for nobody, hangs
+// The limit is hang_seconds_max; of what takes about as long each time, five times the longest so far, if that is less,
+// and not below hang_seconds_min.
 //
 // Every process then writes what its flight recorder holds of where its device is to RUN_DIR/flight/rank_00003.jsonl, rank 0 says one sentence
 // (where rank 0 is gone, the first process of each machine), and all end at once, with EXIT_LOST. Communicators are not
@@ -134,7 +135,8 @@ static inline void watch_self(Watchdog* w, double awake, bool look) {
     r->age = phases == w->phases ? r->age + awake : 0;
     w->phases = phases;
     r->phase = f->phase, r->step = f->step, r->own = f->own_seconds;
-    r->limit = f->longest[r->phase] > 0 ? fmin(fmax(WATCH_TARDY * f->longest[r->phase], least), most) : most;
+    bool known = phase_is_regular[r->phase] && f->longest[r->phase] > 0;
+    r->limit = known ? fmin(fmax(WATCH_TARDY * f->longest[r->phase], least), most) : most;
     r->late = r->age > r->limit;
     r->waits = __atomic_load_n(&w->main->waiting, __ATOMIC_RELAXED) ||
                (r->phase == PHASE_SAVE && __atomic_load_n(&w->saver->waiting, __ATOMIC_RELAXED));
