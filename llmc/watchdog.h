@@ -13,10 +13,10 @@
 // The limit is hang_seconds_max; of what takes about as long each time, five times the longest so far, if that is less,
 // and not below hang_seconds_min.
 //
-// Every process then writes what its flight recorder holds of where its device is to RUN_DIR/flight/rank_00003.jsonl, rank 0 says one sentence
-// (where rank 0 is gone, the first process of each machine), and all end at once, with EXIT_LOST. Communicators are not
-// aborted: that may hang, too, and who ends gives everything back. Time is counted while this thread runs, so a job that
-// was stopped as a whole may go on.
+// Every process then writes what its flight recorder holds of where its device is (RUN_DIR/flight/rank_00003.jsonl), rank 0
+// says one sentence (where rank 0 is gone, rank 1 and the first process of each machine do), and all end at once, with
+// EXIT_LOST. Communicators are not aborted: that may hang, too, and who ends gives everything back. Time is counted while
+// this thread runs, so a job that was stopped as a whole may go on.
 #pragma once
 #include "llmc/flight.h"  // defines: flight, FlightRecord, axis_color, phase_names, axis_names
 #include "llmc/launch.h"  // defines: node_name
