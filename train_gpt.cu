@@ -1596,8 +1596,8 @@ static void move_piece(GPT* g, const StatePiece* p, bool to_host) {
     if (!to_host && me == p->owner)
         copy_rectangle(g, tensor, whole->cols[p->id], p->part, p->at, p->n, false);
     int from = to_host ? p->rank : p->owner, to = to_host ? p->owner : p->rank;
-    if (from != to && me == from) comm_send(&g->comm, AXIS_WORLD, g->staging, p->n, to, g->copy_stream);
-    if (from != to && me == to) comm_receive(&g->comm, AXIS_WORLD, g->staging, p->n, from, g->copy_stream);
+    if (from != to && me == from) comm_send(&g->comm, AXIS_STATE, g->staging, p->n, to, g->copy_stream);
+    if (from != to && me == to) comm_receive(&g->comm, AXIS_STATE, g->staging, p->n, from, g->copy_stream);
     if (to_host && me == p->owner) copy_rectangle(g, tensor, whole->cols[p->id], p->part, p->at, p->n, true);
     if (!to_host && me == p->rank) stage(g, p->array, p->bucket, p->in_slice, p->n, false);
 }
@@ -1872,7 +1872,10 @@ void program_versions(FILE* out) {
 #endif
 }
 
-bool gpt_self_test(const RunConfig* run, Error* err) { return self_test(run->precision.compute, err); }
+bool gpt_self_test(const RunConfig* run, bool* bad, Error* err) {
+    Device device;
+    return device_open(&device, err) && self_test(run->precision.compute, bad, err);
+}
 
 // What a large matmul of this model and a copy reach on this GPU now, in a tenth of a second.
 void gpt_measure(const RunConfig* run, double* matmul_rate, double* copy_rate) {

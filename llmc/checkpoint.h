@@ -24,6 +24,7 @@
 #include "llmc/model_files.h"    // defines: model_files_write, model_weights_read, model_config_check
 #include "llmc/stored_tensors.h" // defines: stored_moments, tensors_write, tensors_read, stored_complete
 #include "llmc/rendezvous.h"     // defines: Control, control_agree
+#include <math.h>
 #include <sys/file.h>
 #include <sys/syscall.h>
 
@@ -138,6 +139,12 @@ static inline bool train_state_parse(TrainState* state, const char* text, const 
              fail(err, EXIT_BAD_DATA, "%s: %s is missing or not a number", where, field->name);
         memcpy((char*)state + field->offset, &value, sizeof value);
     }
+    const Detector* detectors[] = {&state->loss, &state->grad_norm};
+    for (int i = 0; ok && i < 2; i++) // a mean that is no number would switch the guard off for good
+        ok = (isfinite(detectors[i]->mean) && isfinite(detectors[i]->variance) &&
+              detectors[i]->variance >= 0) ||
+             fail(err, EXIT_BAD_DATA, "%s: the mean or variance of %s is impossible", where,
+                  i == 0 ? "loss" : "grad_norm");
     if (ok && cJSON_GetArraySize(json) != known)
         ok = fail(err, EXIT_CONFIG,
                   "%s has a field that this version does not know: use the version that wrote it", where);

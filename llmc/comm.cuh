@@ -44,11 +44,14 @@ static inline void nccl_check(const Comm* c, ncclResult_t status, const char* fi
     const Flight* f = flight();
     const FlightRecord* r = &f->records[(f->count + FLIGHT_RECORDS - 1) % FLIGHT_RECORDS];
     Error err = {0, {0}};
-    fail(&err, EXIT_LOST, "rank %d: NCCL: %s; the last record is %s of %zu bytes (%s, layer %d)",
-         c->group[AXIS_WORLD].rank, ncclGetErrorString(status), r->what != NULL ? r->what : "nothing",
-         r->bytes, r->axis >= 0 ? axis_names[r->axis] : "a phase", r->layer);
-    if (status != ncclRemoteError && status != ncclSystemError) internal_error(file, line, "%s", err.text);
-    sleep(LOST_PATIENCE);
+    bool lost = status == ncclRemoteError || status == ncclSystemError;
+    fail(&err, lost ? EXIT_LOST : EXIT_OS,
+         "rank %d: NCCL: %s; the last record is %s of %zu bytes (%s, layer %d)", c->group[AXIS_WORLD].rank,
+         ncclGetErrorString(status), r->what != NULL ? r->what : "nothing", r->bytes,
+         r->axis >= 0 ? axis_names[r->axis] : "a phase", r->layer);
+    if (status == ncclInvalidArgument || status == ncclInvalidUsage)
+        internal_error(file, line, "%s", err.text);
+    if (lost) sleep((unsigned)flight()->patience);
     exit_with(&err);
 }
 #define NCCL_CHECK(c, call) nccl_check((c), (call), __FILE__, __LINE__)
@@ -174,10 +177,10 @@ static inline bool comm_connect(Comm* c, const Layout* l, int replicas, Control*
     if (!control_broadcast(control, &id, sizeof id, err)) return false;
     ncclResult_t status = ncclCommInitRank(&c->group[AXIS_WORLD].comm, l->size, id, l->rank);
     if (status != ncclSuccess)
-        return fail(err, EXIT_NO_DEVICE,
-                    "NCCL cannot connect rank %d of %d: %s (%s); NCCL_DEBUG=INFO says more", l->rank, l->size,
-                    ncclGetErrorString(status), ncclGetLastError(NULL));
-    for (int axis = AXIS_WORLD + 1; axis < (l->pp_size > 1 ? NUM_AXES : AXIS_FORWARD); axis++) {
+        return fail(err, EXIT_OS, "NCCL cannot connect rank %d of %d: %s (%s); NCCL_DEBUG=INFO says more",
+                    l->rank, l->size, ncclGetErrorString(status), ncclGetLastError(NULL));
+    c->group[AXIS_STATE] = c->group[AXIS_WORLD];
+    for (int axis = AXIS_WORLD + 1; axis < (l->pp_size > 1 ? AXIS_STATE : AXIS_FORWARD); axis++) {
         int key, color = axis_color(l, axis, replicas, &key);
         comm_split(c, axis, color, key);
     }
@@ -210,7 +213,7 @@ static inline bool comm_open(Comm* c, const Layout* l, int replicas, Control* co
 
 static inline void comm_close(Comm* c) {
 #ifdef USE_NCCL
-    for (int i = NUM_AXES - 1; i >= 0; i--)
+    for (int i = AXIS_STATE - 1; i >= 0; i--)
         if (c->group[i].comm != NULL) NCCL_CHECK(c, ncclCommDestroy(c->group[i].comm));
 #endif
     for (int i = 0; i < FLIGHT_RECORDS; i++) {

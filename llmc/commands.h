@@ -89,14 +89,15 @@ static inline bool command_train(Trainer* t, const char* argument, Error* err) {
     bool ready = check_memory(run, true, err) &&
                  (!first || (lock_run_directory(t, err) && run_state_begin(err))) && open_data(t, true, err);
     if (!agree(t, err) || !ready) return false;
+    run_state_ours = true;
     bool prompt_ok =
         run->sample.every == 0 || prompt_tokens(t, &prompt, err); // rather now than after an hour
     free(prompt.data);
     config_write_json(run, &t->config_json);
+    if (run->parallel.self_test && !self_test_ranks(t, err)) return false;
     ready = prompt_ok && (!first || choose_tokenizer_json(t, err)) &&
             gpt_create(t->gpt, run, run->batch.micro_batch_size, run->batch.sequence_length, true, err);
     if (!agree(t, err) || !ready) return false;
-    if (run->parallel.self_test && !self_test_ranks(t, err)) return false;
     if (!connect_model(t, err) || !load_or_init(t, &resumed, err)) return false;
     // where nothing is left to do, run_config.json stays that of the steps that were done
     bool finished = t->state.step >= (uint64_t)run->schedule.max_steps;
@@ -341,24 +342,31 @@ static inline bool meet(Trainer* t, const Launch* launch, Error* err) {
 }
 
 // Whom others wait for, and who waits for a GPU. One process on a CPU, or one that only plans, may take its time.
-static inline void watch(Trainer* t, const Command* command, const Launch* launch) {
+static inline bool watch(Trainer* t, const Command* command, const Launch* launch, Error* err) {
     Watchdog* w = &t->watchdog;
     bool alone = t->control.size == 1 && !(t->program->asynchronous && command->run == command_train);
-    if (t->run.parallel.hang_seconds_max == 0 || alone) return;
+    if (t->run.parallel.hang_seconds_max == 0 || alone) return true;
     w->run = &t->run, w->gpt = t->gpt;
     w->main = &t->control, w->saver = &t->save_control, w->metrics = &t->metrics;
     w->mine.local_rank = launch->local_rank;
     flight_phase(PHASE_START, 0);
-    watchdog_start(w);
+    return watchdog_start(w, err);
 }
 
-// Every process knows an error that they agreed on; it is said once. That another one is gone the watchdog says.
+// Every process knows an error that they agreed on; it is said once. One that fails alone tells the others, which end at
+// once, and ends as they do: its device may wait for them. That another one is gone the watchdog says.
 static inline void end_with(Trainer* t, const Error* err) {
-    const Error agreed = {0, {0}};
-    if (err->code == EXIT_LOST && !t->agreed && t->watchdog.running) sleep(LOST_PATIENCE);
+    Error reported = {0, {0}};
+    bool alone = !t->agreed && t->control.size > 1;
+    if (alone && err->code == EXIT_LOST) sleep((unsigned)flight()->patience);
     if (!t->agreed || t->control.rank == 0) say_error(err);
-    trainer_close(t, t->agreed ? &agreed : err);
-    exit(err->code);
+    if (!alone) {
+        trainer_close(t);
+        exit(err->code);
+    }
+    if (t->saver.busy && err->code != EXIT_LOST) saver_finish(&t->saver, &reported);
+    watchdog_stop(&t->watchdog, err);
+    _exit(err->code);
 }
 
 // parallel.automatic: the first process chooses, for all of them.
@@ -418,14 +426,13 @@ static inline int run_with_config(const Program* program, const Command* command
     if (command->run == command_train) run_state_watch(run->log.run_dir);
     gpt_choose_device(launch->local_rank);
     if (!meet(&trainer, launch, &err)) exit_with(&err);
-    watch(&trainer, command, launch);
-    bool ok = find_place(&trainer, command, training, &err);
+    bool ok = watch(&trainer, command, launch, &err) && find_place(&trainer, command, training, &err);
     if (!agree(&trainer, &err) || !ok) end_with(&trainer, &err);
     if (run->parallel.threads > 0) omp_set_num_threads(run->parallel.threads);
     ok = command->run(&trainer, argument, &err);
     ok = ok && (command->run == command_train || flush_output(&err)); // a training run has its log
     if (!ok) end_with(&trainer, &err);
-    trainer_close(&trainer, &err);
+    trainer_close(&trainer);
     return EXIT_OK;
 }
 

@@ -25,7 +25,9 @@ enum Axis {
     AXIS_TIED,
     AXIS_FORWARD, // links of even stages, of odd ones, around
     AXIS_BACKWARD = AXIS_FORWARD + 3,
-    NUM_AXES = AXIS_BACKWARD + 3,
+    AXIS_STATE =
+        AXIS_BACKWARD + 3, // everybody, in pairs: weights and moments on their way to and from checkpoints
+    NUM_AXES,
     AXIS_COMPUTE =
         NUM_AXES // nobody: a pass of the schedule, so that it is seen when the device does not get on
 };
@@ -40,7 +42,8 @@ static const char* const axis_names[NUM_AXES] = {"world",
                                                  "pipeline forward",
                                                  "pipeline backward",
                                                  "pipeline backward",
-                                                 "pipeline backward"};
+                                                 "pipeline backward",
+                                                 "state"};
 
 // Ranks of the same colour communicate along an axis, in the order of the key. replicas: ranks with the same key/value
 // head.
@@ -65,22 +68,32 @@ static inline int axis_color(const Layout* l, int axis, int replicas, int* key) 
         return l->tp + l->tp_size * (replica(l) + num_replicas(l) * l->pp);
     case AXIS_TIED:
         return tied ? column : l->size + l->rank;
+    case AXIS_STATE:
+        *key = l->rank;
+        return 0;
     default:
         return column;
     }
 }
 
-enum Phase { PHASE_START, PHASE_DATA, PHASE_STEP, PHASE_SAVE, PHASE_EVAL, PHASE_SAMPLE, NUM_PHASES };
-static const char* const phase_names[NUM_PHASES] = {"starting", "loading data", "computing",
-                                                    "saving",   "evaluating",   "sampling"};
+enum Phase {
+    PHASE_START,
+    PHASE_DATA,
+    PHASE_STEP,
+    PHASE_SAVE,
+    PHASE_EVAL,
+    PHASE_SAMPLE,
+    PHASE_REPORT,
+    NUM_PHASES
+};
+static const char* const phase_names[NUM_PHASES] = {"starting",   "loading data", "computing", "saving",
+                                                    "evaluating", "sampling",     "reporting"};
 // Takes about as long each time. A save that is waited for may have ended before, or not yet begun to write.
-static const bool phase_is_regular[NUM_PHASES] = {false, true, true, false, true, false};
+static const bool phase_is_regular[NUM_PHASES] = {false, true, true, false, true, false, false};
 
 enum {
-    FLIGHT_RECORDS = 16384, // the host is ahead of the device by up to two steps: all of their operations
-    LOST_PATIENCE =
-        12, // seconds that who finds another process gone leaves the watchdog, which ends this one and knows
-            // why
+    FLIGHT_RECORDS =
+        32768, // the host may be two steps ahead of the device: of 32 layers with 16 micro-batches, all of them
 };
 typedef struct {
     const char* what; // a phase, or an operation
@@ -98,7 +111,10 @@ typedef struct {
     int layer;                            // that the program is at
     int phase;
     uint64_t step, phases; // phases: how many have begun
-    double since;          // when this one has
+    uint64_t steps;        // that have ended: the first one's beginning says nothing of how long steps take
+    double
+        patience; // seconds that who finds another process gone leaves the watchdog, which knows why; 0: there is none
+    double since; // when this one has
     double
         own_seconds; // of a step: this process's own work, without waiting for others at its end; 0: not known
     double longest[NUM_PHASES]; // seconds that a phase took, the older the less it counts; 0: it never ended
@@ -134,7 +150,8 @@ static inline void flight_own_work(double seconds) {
 static inline void flight_phase(enum Phase phase, uint64_t step) {
     Flight* f = flight();
     double now = seconds_now(), *longest = &f->longest[f->phase];
-    if (f->phases > 0) *longest = now - f->since > 0.9 * *longest ? now - f->since : 0.9 * *longest;
+    bool learns = f->phases > 0 && (f->phase != PHASE_STEP || f->steps > 0);
+    if (learns) *longest = now - f->since > 0.9 * *longest ? now - f->since : 0.9 * *longest;
     f->phase = phase, f->step = step, f->since = now;
     flight_record(-1, phase_names[phase], 0, -1);
     __atomic_store_n(&f->phases, f->phases + 1, __ATOMIC_RELEASE);

@@ -71,8 +71,8 @@ gpt_peak_flops(const RunConfig* run); // dense peak of the device for precision.
 // What a matmul of this model's feed-forward layer (FLOP/s) and a copy (bytes read and written a second)
 // reach here and now; 0: not known.
 void gpt_measure(const RunConfig* run, double* matmul_rate, double* copy_rate);
-bool gpt_self_test(const RunConfig* run,
-                   Error* err); // does the device compute, and remember, what it should?
+// Does the device compute, and remember, what it should? *bad: no, it is broken (err says how).
+bool gpt_self_test(const RunConfig* run, bool* bad, Error* err);
 
 void gpt_print_device(FILE* out); // one line: what the model is computed on
 bool gpt_bus_id(char out[32]);    // of the GPU it is computed on, as NVML calls it; false: there is none

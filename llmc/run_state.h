@@ -6,11 +6,22 @@
 #pragma once
 #include "llmc/utils.h" // defines: Error, String, replace_file, path_join, on_giving_up
 
+#include <sys/file.h>
+
 static char run_state_directory[PATH_MAX];
+static bool run_state_ours; // this run has the directory's lock
 
 static inline bool is_permanent(int code) {
     return code == EXIT_USAGE || code == EXIT_BAD_DATA || code == EXIT_NO_INPUT || code == EXIT_NO_DEVICE ||
            code == EXIT_INTERNAL || code == EXIT_CONFIG;
+}
+
+// Another run that has the directory's lock is not to find what ended this one.
+static inline bool run_state_taken(void) {
+    int fd = run_state_ours ? -1 : open(run_state_directory, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    bool taken = fd >= 0 && flock(fd, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK;
+    if (fd >= 0) close(fd);
+    return taken;
 }
 
 // Where it cannot be written, the exit code has to do.
@@ -18,7 +29,8 @@ static inline void write_fatal(int code, const char* reason) {
     char path[PATH_MAX];
     String text = {NULL, 0, 0};
     Error ignored = {0, {0}};
-    if (!is_permanent(code) || !path_join(path, run_state_directory, "FATAL", &ignored)) return;
+    if (!is_permanent(code) || run_state_taken() || !path_join(path, run_state_directory, "FATAL", &ignored))
+        return;
     string_append(&text, "%d %s\n", code, reason);
     replace_file(path, text.data, text.size, &ignored);
     free(text.data);

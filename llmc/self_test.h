@@ -40,13 +40,13 @@ static inline bool compare_speeds(const Trainer* t, const RankSpeed* speeds, siz
         slowest, what, 1e-12 * least, unit, size, 1e-12 * median, speeds[slowest].node, speeds[slowest].node);
 }
 
-// All processes together, before they communicate by other means than the control channel.
+// All processes together, before the model is there: most memory is free.
 static inline bool self_test_ranks(Trainer* t, Error* err) {
     RankSpeed mine = {0, 0, ""};
     RankSpeed* all = (RankSpeed*)calloc_check((size_t)t->control.size, sizeof *all);
     node_name(mine.node);
-    bool ok = gpt_self_test(&t->run, err);
-    if (!ok) name_bad_node(t, mine.node);
+    bool bad = false, ok = gpt_self_test(&t->run, &bad, err);
+    if (bad) name_bad_node(t, mine.node);
     if (ok) gpt_measure(&t->run, &mine.matmul, &mine.copy);
     ok = agree(t, err) && control_gather(&t->control, &mine, sizeof mine, all, err);
     if (ok && t->control.rank == 0)

@@ -9,6 +9,7 @@
 // causal attention) says more than the rate does.
 static inline void report_step(Trainer* t, const StepResult* r) {
     const RunConfig* run = &t->run;
+    flight_phase(PHASE_REPORT, t->state.step); // a reader of what is printed may be slow
     double seconds_per_step = t->seconds_per_step, peak = t->peak_flops;
     double tokens = (double)run->batch.global_batch_size * run->batch.sequence_length;
     double rate = tokens / seconds_per_step;
@@ -250,6 +251,7 @@ static inline StepResult finish_step(Trainer* t) {
     flight_phase(PHASE_STEP, t->state.step + 1);
     StepGuard limits = guard_limits(&t->state, &t->run);
     StepResult r = gpt_finish_step(t->gpt);
+    flight()->steps++;
     r.lr = learning_rate(&t->run, t->state.step);
     t->alarm = guard_judge(&limits, &t->run.layout, &r);
     guard_count(&t->state, &t->run, &r);

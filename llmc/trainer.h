@@ -51,17 +51,19 @@ static inline void trainer_init(Trainer* t, const Program* program) {
     t->telemetry.style = console_style(stdout);
 }
 
-// False on all processes if something failed (err) on any.
+// False on all processes if something failed (err) on any. That another process is gone they do not know together.
 static inline bool agree(Trainer* t, Error* err) {
-    t->agreed = !control_agree(&t->control, err);
-    return !t->agreed;
+    bool ok = control_agree(&t->control, err);
+    t->agreed = !ok && err->code != EXIT_LOST;
+    return ok;
 }
 
-// Waits for a checkpoint that is still being written. err: what ended this process, where the others do not know of it.
-static inline void trainer_close(Trainer* t, const Error* err) {
+// Waits for a checkpoint that is still being written.
+static inline void trainer_close(Trainer* t) {
     Error reported = {0, {0}};
+    const Error none = {0, {0}};
     if (t->saver.busy) saver_finish(&t->saver, &reported);
-    watchdog_stop(&t->watchdog, err);
+    watchdog_stop(&t->watchdog, &none);
     dataloader_close(&t->train);
     dataloader_close(&t->validation);
     tokenizer_free(&t->tokenizer);

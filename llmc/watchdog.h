@@ -24,15 +24,17 @@
 #include "llmc/program.h" // defines: gpt_look, Control
 
 #include <pthread.h>
+#include <semaphore.h>
 #include <signal.h>
 #include <sys/eventfd.h>
 
 enum {
     WATCH_OPEN = 8,
+    WATCH_LOOKS = 4,       // beats from the first rank that is late to the verdict
     FLIGHT_WRITTEN = 1024, // records, half of them before the first operation that has not ended
 };
 #define WATCH_BEAT_SECONDS 1.0
-#define WATCH_TARDY 5.0 // times as long as ever before is too long
+#define WATCH_TARDY 5.0 // times as long as lately is too long
 
 typedef struct {
     uint64_t number, bytes;
@@ -87,11 +89,20 @@ typedef struct {
     pthread_mutex_t compare; // over ranks
     RankSeconds ranks;       // rank 0: max 0: not known
     int slow_beats;          // how often the same rank was slow
+    uint64_t compared;       // step of the last comparison
     pthread_t thread;
     bool running;
     int wake; // eventfd
     Error bye;
+    // a thread of its own asks the device, as its driver may hang, too
+    pthread_t looker;
+    sem_t calls;
+    int look;       // atomic, a WatchLook
+    uint64_t moved; // what all devices' operations had begun at the last look; 0: nobody looked
+    uint8_t progress[FLIGHT_RECORDS];
 } Watchdog;
+
+enum WatchLook { LOOK_IDLE, LOOK_WANTED, LOOK_DONE, LOOK_STOP, LOOK_STOPPED };
 
 // ----------------------------------------------------------------------------
 // where this process is
@@ -99,12 +110,11 @@ typedef struct {
 // What the device is at, from the flight recorder. A computation that goes on is not held up by the pipeline's messages,
 // which have streams of their own and begin ahead of their time.
 static inline void watch_look(Watchdog* w, WatchReport* r) {
-    static uint8_t progress[FLIGHT_RECORDS];
+    const uint8_t* progress = w->progress;
     const Flight* f = flight();
     uint64_t end = __atomic_load_n(&f->count, __ATOMIC_ACQUIRE),
              first = end > FLIGHT_RECORDS ? end - FLIGHT_RECORDS : 0;
     bool known[NUM_AXES] = {false}, computes = false;
-    gpt_look(w->gpt, progress);
     r->num_open = 0, r->looked = 1;
     for (int a = 0; a < NUM_AXES; a++) r->begun[a] = f->issued[a];
     for (uint64_t k = first; k < end; k++) {
@@ -127,6 +137,41 @@ static inline void watch_look(Watchdog* w, WatchReport* r) {
     r->num_open = kept;
 }
 
+static inline void* look_main(void* argument) {
+    static uint8_t progress[FLIGHT_RECORDS];
+    Watchdog* w = (Watchdog*)argument;
+    int look;
+    do {
+        while (sem_wait(&w->calls) != 0) continue; // a signal
+        look = __atomic_load_n(&w->look, __ATOMIC_ACQUIRE);
+        if (look != LOOK_WANTED) continue;
+        gpt_look(w->gpt, progress);
+        memcpy(w->progress, progress,
+               sizeof progress); // nobody reads it while a look is wanted, but who ends
+        __atomic_compare_exchange_n(&w->look, &look, LOOK_DONE, false, __ATOMIC_RELEASE, __ATOMIC_RELAXED);
+    } while (look != LOOK_STOP);
+    __atomic_store_n(&w->look, LOOK_STOPPED, __ATOMIC_RELEASE);
+    return NULL;
+}
+
+static inline void call_looker(Watchdog* w, enum WatchLook what) {
+    __atomic_store_n(&w->look, what, __ATOMIC_RELEASE);
+    sem_post(&w->calls);
+}
+
+// What was looked at since the last beat, and another look. A device that got on since the last one makes the time that
+// passed worth nothing: others were waited for, and now they are there.
+static inline void watch_looked(Watchdog* w, WatchReport* r) {
+    uint64_t moved = 1;
+    if (__atomic_load_n(&w->look, __ATOMIC_ACQUIRE) == LOOK_DONE) {
+        watch_look(w, r);
+        for (int a = 0; a < NUM_AXES; a++) moved += r->begun[a];
+        if (w->moved != 0 && moved != w->moved) r->age = 0, r->late = 0;
+        w->moved = moved;
+    }
+    if (__atomic_load_n(&w->look, __ATOMIC_ACQUIRE) != LOOK_WANTED) call_looker(w, LOOK_WANTED);
+}
+
 static inline void watch_self(Watchdog* w, double awake, bool look) {
     const Flight* f = flight();
     WatchReport* r = &w->mine.report;
@@ -140,8 +185,11 @@ static inline void watch_self(Watchdog* w, double awake, bool look) {
     r->late = r->age > r->limit;
     r->waits = __atomic_load_n(&w->main->waiting, __ATOMIC_RELAXED) ||
                (r->phase == PHASE_SAVE && __atomic_load_n(&w->saver->waiting, __ATOMIC_RELAXED));
-    r->looked = 0;
-    if (look || r->late) watch_look(w, r);
+    r->looked = 0, r->num_open = 0;
+    if (look || r->late)
+        watch_looked(w, r);
+    else
+        w->moved = 0;
 }
 
 // ----------------------------------------------------------------------------
@@ -152,7 +200,7 @@ static inline bool watch_awaits(const WatchReport* reports, const Layout* layout
                                 int to, const WatchOperation* op) {
     Layout a = layout_at(*layout, from), b = layout_at(*layout, to);
     int key_a, key_b;
-    return from != to &&
+    return from != to && op->axis != AXIS_STATE && // where numbers are not of pairs
            axis_color(&a, op->axis, replicas, &key_a) == axis_color(&b, op->axis, replicas, &key_b) &&
            (op->peer < 0 || op->peer == key_b) && reports[to].begun[op->axis] < op->number;
 }
@@ -202,8 +250,8 @@ static inline void append_operation(String* text, const WatchOperation* op) {
 }
 
 static inline void append_rank(String* text, int rank, int size, const WatchMessage* m) {
-    string_append(text, "rank %d of %d (%s, GPU %d)", rank, size,
-                  m->host[0] != '\0' ? m->host : "host not known", m->local_rank);
+    string_append(text, "rank %d of %d", rank, size);
+    if (m->host[0] != '\0') string_append(text, " (%s, GPU %d)", m->host, m->local_rank);
 }
 
 static inline void watch_sentence(const WatchReport* reports, const WatchMessage* culprit, int rank, int size,
@@ -279,21 +327,21 @@ static inline void watch_part(Watchdog* w, enum WatchKind kind, const Error* err
 
 static inline void flight_write(const Watchdog* w, const Error* why) {
     static const char* const progress_names[] = {"issued", "begun", "ended"};
-    static uint8_t progress[FLIGHT_RECORDS];
+    const uint8_t* progress = w->progress;
     const Flight* f = flight();
     String text = {NULL, 0, 0};
     char path[PATH_MAX], name[32];
     Error ignored = {0, {0}};
     uint64_t end = f->count, first = end > FLIGHT_RECORDS ? end - FLIGHT_RECORDS : 0, at = first;
     double now = seconds_now();
-    gpt_look(w->gpt, progress);
     while (at < end &&
            (f->records[at % FLIGHT_RECORDS].axis < 0 || progress[at % FLIGHT_RECORDS] == OPERATION_ENDED))
         at++;
     if (at > first + FLIGHT_WRITTEN / 2) first = at - FLIGHT_WRITTEN / 2;
     if (end > first + FLIGHT_WRITTEN) end = first + FLIGHT_WRITTEN;
-    string_append(&text, "{\"rank\":%d,\"size\":%d,\"local_rank\":%d,\"host\":", w->control.rank,
-                  w->control.size, w->mine.local_rank);
+    string_append(&text,
+                  "{\"time\":%lld,\"rank\":%d,\"size\":%d,\"local_rank\":%d,\"host\":", (long long)time(NULL),
+                  w->control.rank, w->control.size, w->mine.local_rank);
     json_append_string(&text, w->mine.host);
     string_append(&text, ",\"phase\":\"%s\",\"step\":%llu,\"seconds\":%.3f,\"why\":", phase_names[f->phase],
                   (unsigned long long)f->step, now - f->since);
@@ -322,15 +370,30 @@ static inline void flight_write(const Watchdog* w, const Error* why) {
 }
 
 // Everybody ends. say: this process is who says why.
+static inline void watch_give_up(int number) {
+    (void)number;
+    _exit(EXIT_LOST);
+}
+
 __attribute__((noreturn)) static inline void watch_end(Watchdog* w, const Error* why, bool say) {
+    sigset_t set;
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    action.sa_handler = watch_give_up;
+    sigemptyset(&set), sigaddset(&set, SIGALRM);
+    sigaction(SIGALRM, &action, NULL);
+    pthread_sigmask(SIG_UNBLOCK, &set, NULL);
+    alarm(8); // a disk or a terminal that hangs, too, does not keep it
     if (w->control.rank == 0) watch_part(w, WATCH_END, why);
+    // where the device is, if that can be known soon
+    call_looker(w, LOOK_WANTED);
+    for (int i = 0; i < 50 && __atomic_load_n(&w->look, __ATOMIC_ACQUIRE) == LOOK_WANTED; i++) usleep(20000);
     if (say) {
         dprintf(STDERR_FILENO, "error: %s\n", why->text);
         String line = event_begin("lost", flight()->step);
         event_text(&line, "error", why->text);
         event_end(w->metrics, &line);
     }
-    alarm(10); // a disk that hangs, too, does not keep it
     flight_write(w, why);
     _exit(why->code);
 }
@@ -361,6 +424,8 @@ static inline void watch_lost(Watchdog* w, int rank, bool closed) {
 static inline void watch_take(Watchdog* w, WatchPeer* p, int rank) {
     p->last = p->in, p->heard = w->clock;
     p->last.host[sizeof p->last.host - 1] = '\0', p->last.err.text[sizeof p->last.err.text - 1] = '\0';
+    if (p->last.err.code < 0 || p->last.err.code > 255) p->last.err.code = EXIT_LOST;
+    replace_controls(p->last.host), replace_controls(p->last.err.text);
     WatchReport* r = &p->last.report;
     if (r->phase < 0 || r->phase >= NUM_PHASES || r->num_open < 0 || r->num_open > WATCH_OPEN)
         memset(r, 0, sizeof *r);
@@ -397,20 +462,23 @@ static inline void watch_receive(Watchdog* w, int peer) {
 // Rank 0: is somebody beyond his limit? Then all look, and the culprit ends the run if he is beyond his, too.
 static inline void watch_judge(Watchdog* w) {
     int size = w->control.size, by, op;
-    bool late = w->mine.report.late, looked = true;
+    bool late = w->mine.report.late, looked = w->mine.report.looked, all_late = late;
     for (int r = 1; r < size; r++) {
-        late = late || (w->peers[r].there && w->peers[r].last.report.late);
-        looked = looked && (!w->peers[r].there || w->peers[r].last.report.looked);
+        const WatchPeer* p = &w->peers[r];
+        late = late || (p->there && p->last.report.late),
+        all_late = all_late && (!p->there || p->last.report.late);
+        looked = looked && (!p->there || p->last.report.looked);
     }
     w->asked = late ? w->asked + 1 : 0;
-    if (!late || (size > 1 && (w->asked < 3 || !looked))) return;
+    if (w->asked < WATCH_LOOKS || (!looked && w->asked < 2 * WATCH_LOOKS))
+        return; // a driver that hangs does not answer
     WatchReport* reports = (WatchReport*)calloc_check((size_t)size, sizeof *reports);
     for (int r = 0; r < size; r++) reports[r] = r == 0 ? w->mine.report : w->peers[r].last.report;
     Layout layout = w->run->layout;
     if (layout.size != size) layout = layout_single(), layout.size = size;
     int culprit = watch_culprit(reports, &layout, kv_replicas(&w->run->model, &layout), &by, &op);
     Error err = {0, {0}};
-    if (culprit < 0 || reports[culprit].late) {
+    if (culprit < 0 ? all_late : reports[culprit].late) {
         watch_sentence(reports, culprit > 0 ? &w->peers[culprit].last : &w->mine, culprit, size, by, op,
                        &err);
         watch_end(w, &err, true);
@@ -432,11 +500,13 @@ static inline void watch_compare(Watchdog* w) {
     free(own);
     if (known < size) return;
     bool slow = now.max > 1.2 * now.median && (w->slow_beats == 0 || slowest == w->ranks.slowest);
-    w->slow_beats = slow ? w->slow_beats + 1 : 0;
+    bool news = w->mine.report.step != w->compared; // not so during a save or an evaluation
+    w->compared = w->mine.report.step;
+    w->slow_beats = slow ? w->slow_beats + news : 0;
     pthread_mutex_lock(&w->compare);
     w->ranks = now;
     pthread_mutex_unlock(&w->compare);
-    if (w->slow_beats * WATCH_BEAT_SECONDS != w->run->parallel.hang_seconds_min) return;
+    if (!news || w->slow_beats * WATCH_BEAT_SECONDS != w->run->parallel.hang_seconds_min) return;
     String text = {NULL, 0, 0};
     append_rank(&text, slowest, size, slowest > 0 ? &w->peers[slowest].last : &w->mine);
     dprintf(STDERR_FILENO, "warning: %s is slow: %.3g s of its own work in a step, the median is %.3g s\n",
@@ -490,20 +560,22 @@ static inline void* watch_main(void* argument) {
     return NULL;
 }
 
-// w->control is open; run, gpt, main, saver, metrics and mine.local_rank are set. Without a thread nobody watches.
-static inline void watchdog_start(Watchdog* w) {
+// w->control is open; run, gpt, main, saver, metrics and mine.local_rank are set.
+static inline bool watchdog_start(Watchdog* w, Error* err) {
     node_name(w->mine.host);
     w->peers = (WatchPeer*)calloc_check((size_t)watch_num_peers(w) + 1, sizeof *w->peers);
     for (int i = w->control.rank == 0 ? 1 : 0; i < watch_num_peers(w); i++) w->peers[i].there = true;
     pthread_mutex_init(&w->compare, NULL);
+    sem_init(&w->calls, 0, 0);
     w->wake = eventfd(0, EFD_CLOEXEC);
     sigset_t all, before; // signals are for the loop of training
     sigfillset(&all);
     pthread_sigmask(SIG_BLOCK, &all, &before);
-    w->running = w->wake >= 0 && pthread_create(&w->thread, NULL, watch_main, w) == 0;
+    bool looks = w->wake >= 0 && pthread_create(&w->looker, NULL, look_main, w) == 0;
+    w->running = looks && pthread_create(&w->thread, NULL, watch_main, w) == 0;
     pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (!w->running)
-        fprintf(stderr, "warning: there is no thread for the watchdog: a process that hangs is waited for\n");
+    flight()->patience = w->run->parallel.hang_seconds_min + 5;
+    return w->running || fail(err, EXIT_OS, "cannot start a thread for the watchdog: %s", strerror(errno));
 }
 
 // This process leaves the run: by itself (err->code 0), or with an error that the others must know of.
@@ -512,6 +584,9 @@ static inline void watchdog_stop(Watchdog* w, const Error* err) {
     if (!w->running) return;
     w->bye = *err;
     if (write(w->wake, &one, sizeof one) == (ssize_t)sizeof one) pthread_join(w->thread, NULL);
+    call_looker(w, LOOK_STOP);
+    for (int i = 0; i < 5000 && __atomic_load_n(&w->look, __ATOMIC_ACQUIRE) != LOOK_STOPPED; i++)
+        usleep(1000);
     close(w->wake);
     free(w->peers);
     control_close(&w->control);

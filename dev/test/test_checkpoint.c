@@ -508,6 +508,9 @@ static void test_bad_states(void** state) {
         {"{", "{\"more\": 1,"},
         {"{", "["},
         {"}\n", "}x"},
+        {"3fd5555555555555", "7ff8000000000001"},
+        {"3fd5555555555555", "fff0000000000000"},
+        {"3fb999999999999a", "bfb999999999999a"},
     };
     for (size_t i = 0; i < sizeof changes / sizeof changes[0]; i++) {
         const char* at = strstr(text.data, changes[i].find);

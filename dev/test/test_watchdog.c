@@ -108,6 +108,13 @@ static void test_nobody(void** state) {
 static Watchdog watchdog;
 static RunConfig run;
 static Control channels[2];
+// A beat, and the device's answer behind it.
+static void beat(double awake, bool look) {
+    watch_self(&watchdog, awake, look);
+    if (watchdog.look != LOOK_WANTED) return;
+    memcpy(watchdog.progress, device, sizeof device);
+    watchdog.look = LOOK_DONE;
+}
 static void start_watching(void) {
     memset(&watchdog, 0, sizeof watchdog), memset(&run, 0, sizeof run), memset(flight(), 0, sizeof(Flight));
     run.parallel.hang_seconds_min = 60, run.parallel.hang_seconds_max = 1800;
@@ -120,28 +127,32 @@ static void test_how_long_a_phase_may_take(void** state) {
     WatchReport* r = &watchdog.mine.report;
     start_watching();
     flight_phase(PHASE_STEP, 1);
-    watch_self(&watchdog, 1, false);
+    flight_phase(PHASE_STEP, 1); // it was enqueued at once: that says nothing
+    beat(1, false);
     assert_true(r->age == 0 && r->limit == 1800); // never seen
-    watch_self(&watchdog, 1800, false);
+    beat(1800, false);
     assert_true(r->age == 1800 && !r->late);
-    watch_self(&watchdog, 1, false);
+    beat(1, false);
+    assert_true(r->late && !r->looked);
+    beat(1, false);
     assert_true(r->late && r->looked);
     flight()->since -= 30; // the step took 30 s
+    flight()->steps = 1;
     flight_phase(PHASE_STEP, 2);
-    watch_self(&watchdog, 1, false);
+    beat(1, false);
     assert_true(r->age == 0 && !r->late && r->limit > 149 && r->limit < 151);
     flight_phase(PHASE_STEP, 3); // a short one
-    watch_self(&watchdog, 1, false);
+    beat(1, false);
     assert_true(r->limit > 134 && r->limit < 136);
     for (int i = 0; i < 100; i++) flight_phase(PHASE_STEP, 3); // the long one is forgotten
-    watch_self(&watchdog, 1, false);
+    beat(1, false);
     assert_true(r->limit == 60);
     flight()->since -= 4000;
     flight_phase(PHASE_STEP, 4);
-    watch_self(&watchdog, 1, false);
+    beat(1, false);
     assert_true(r->limit == 1800);
     for (int i = 0; i < 3; i++) flight_phase(PHASE_SAVE, 4); // there was nothing to wait for
-    watch_self(&watchdog, 1, false);
+    beat(1, false);
     assert_true(r->limit == 1800);
 }
 
@@ -158,16 +169,34 @@ static void test_what_the_device_is_at(void** state) {
     device[flight_record(AXIS_DP, "all-gather", 16, -1)] = OPERATION_BEGUN;
     flight_record(AXIS_DP, "all-gather", 8, -1);
     flight_record(AXIS_TP, "all-gather", 8, -1);
-    watch_self(&watchdog, 1, true);
+    beat(1, true), beat(1, true);
     assert_int_equal(r->begun[AXIS_DP], 2);
     assert_int_equal(r->begun[AXIS_TP], 0);
     assert_int_equal(r->begun[AXIS_WORLD], 0);
     assert_int_equal(r->num_open, 2);
     assert_true(r->open[0].axis == AXIS_FORWARD && r->open[0].peer == 2 && r->open[1].bytes == 16);
     device[compute] = OPERATION_BEGUN; // it computes: the message is ahead of its time
-    watch_self(&watchdog, 1, true);
+    beat(1, true), beat(1, true);
     assert_int_equal(r->num_open, 1);
     assert_int_equal(r->open[0].axis, AXIS_DP);
+}
+
+// Who was held up by others is not late when they come.
+static void test_a_device_that_gets_on(void** state) {
+    (void)state;
+    WatchReport* r = &watchdog.mine.report;
+    start_watching();
+    flight_phase(PHASE_STEP, 1);
+    memset(device, OPERATION_ISSUED, sizeof device);
+    int first = flight_record(AXIS_DP, "all-gather", 8, -1);
+    device[first] = OPERATION_BEGUN;
+    beat(1, true), beat(2000, true), beat(1, true);
+    assert_true(r->late && r->looked && r->age == 2001);
+    device[flight_record(AXIS_DP, "all-gather", 8, -1)] = OPERATION_BEGUN;
+    beat(1, true), beat(1, true);
+    assert_true(!r->late && r->looked && r->age == 0);
+    beat(1, true);
+    assert_true(r->age == 1);
 }
 
 // Thousands of operations later the recorder holds the last ones, and still knows how many there were.
@@ -179,7 +208,7 @@ static void test_a_recorder_that_is_full(void** state) {
     flight_record(AXIS_TIED, "all-reduce", 8, -1);
     for (int i = 0; i < 3 * FLIGHT_RECORDS; i++) flight_record(AXIS_TP, "all-gather", 8, -1);
     device[flight_record(AXIS_TP, "all-gather", 8, -1)] = OPERATION_ISSUED;
-    watch_self(&watchdog, 1, true);
+    beat(1, true), beat(1, true);
     assert_int_equal(r->begun[AXIS_TIED], 1);
     assert_int_equal(r->begun[AXIS_TP], 3 * FLIGHT_RECORDS);
     assert_int_equal(r->num_open, 0);
@@ -195,6 +224,7 @@ int main(void) {
         cmocka_unit_test(test_nobody),
         cmocka_unit_test(test_how_long_a_phase_may_take),
         cmocka_unit_test(test_what_the_device_is_at),
+        cmocka_unit_test(test_a_device_that_gets_on),
         cmocka_unit_test(test_a_recorder_that_is_full),
     };
     return cmocka_run_group_tests(tests, NULL, NULL);
