@@ -89,7 +89,7 @@ static inline bool command_train(Trainer* t, const char* argument, Error* err) {
     bool ready = check_memory(run, true, err) &&
                  (!first || (lock_run_directory(t, err) && run_state_begin(err))) && open_data(t, true, err);
     if (!agree(t, err) || !ready) return false;
-    run_state_ours = true;
+    run_state_ours = true; // on all processes
     bool prompt_ok =
         run->sample.every == 0 || prompt_tokens(t, &prompt, err); // rather now than after an hour
     free(prompt.data);

@@ -46,6 +46,7 @@ static inline void run_state_watch(const char* run_dir) {
 static inline bool run_state_begin(Error* err) {
     const char* names[] = {"RUN_STATE", "FATAL"};
     char path[PATH_MAX];
+    run_state_ours = true;
     for (int i = 0; i < 2; i++) {
         if (!path_join(path, run_state_directory, names[i], err)) return false;
         if (unlink(path) != 0 && errno != ENOENT)

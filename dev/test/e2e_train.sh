@@ -185,4 +185,13 @@ done
 ./train_gpt_cpu >/dev/null 2>&1
 check "no arguments: usage, exit 64" [ $? -eq 64 ]
 check "--help exits 0" ./train_gpt_cpu --help
+# another run has the directory: what ends this one is not for it to find
+mkdir -p "$work/held"
+exec 9<"$work/held"
+flock -n 9
+check "a wrong config beside a run: exit 78" exits 78 "data_parallel_size" train tiny_gpt2 held parallel.data_parallel_size=2
+check "leaves no FATAL there" [ ! -e "$work/held/FATAL" ]
+exec 9<&-
+check "without that run: exit 78" exits 78 "data_parallel_size" train tiny_gpt2 held parallel.data_parallel_size=2
+check "leaves one" grep -q '^78 .*data_parallel_size' "$work/held/FATAL"
 finish
