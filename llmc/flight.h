@@ -31,19 +31,20 @@ enum Axis {
     AXIS_COMPUTE =
         NUM_AXES // nobody: a pass of the schedule, so that it is seen when the device does not get on
 };
-static const char* const axis_names[NUM_AXES] = {"world",
-                                                 "tensor parallel",
-                                                 "data parallel",
-                                                 "key/value heads",
-                                                 "context parallel",
-                                                 "tied embedding",
-                                                 "pipeline forward",
-                                                 "pipeline forward",
-                                                 "pipeline forward",
-                                                 "pipeline backward",
-                                                 "pipeline backward",
-                                                 "pipeline backward",
-                                                 "state"};
+static const char* const axis_names[NUM_AXES + 1] = {"world",
+                                                     "tensor parallel",
+                                                     "data parallel",
+                                                     "key/value heads",
+                                                     "context parallel",
+                                                     "tied embedding",
+                                                     "pipeline forward",
+                                                     "pipeline forward",
+                                                     "pipeline forward",
+                                                     "pipeline backward",
+                                                     "pipeline backward",
+                                                     "pipeline backward",
+                                                     "state",
+                                                     "compute"};
 
 // Ranks of the same colour communicate along an axis, in the order of the key. replicas: ranks with the same key/value
 // head.

@@ -354,8 +354,8 @@ static inline void flight_write(const Watchdog* w, const Error* why) {
         if (r->axis >= 0)
             string_append(&text,
                           ",\"number\":%llu,\"axis\":\"%s\",\"layer\":%d,\"bytes\":%zu,\"progress\":\"%s\"",
-                          (unsigned long long)r->number, r->axis < NUM_AXES ? axis_names[r->axis] : "compute",
-                          r->layer, r->bytes, progress_names[progress[k % FLIGHT_RECORDS]]);
+                          (unsigned long long)r->number, axis_names[r->axis], r->layer, r->bytes,
+                          progress_names[progress[k % FLIGHT_RECORDS]]);
         string_append(&text, "}\n");
     }
     snprintf(name, sizeof name, "rank_%05d.jsonl", w->control.rank);

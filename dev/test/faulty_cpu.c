@@ -1,5 +1,4 @@
 // train_gpt_cpu with faults: see faulty.h.
-#define TESTING
 #define VERSION "faulty"
 #include "dev/test/faulty.h" // defines: faulty_load, faulty_start, fault_in_step
 
@@ -31,12 +30,4 @@ void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_st
     faulty_start(0), loss_done = false;
     if (fault_in_step("gradient", &value)) g->grads[0] += (real)value;
     right_start_step(g, run, lr, applied_steps, requests, guard);
-}
-
-int main(int argc, char** argv) {
-    static GPT gpt;
-    static Decoder decoder;
-    Program program = {
-        .name = program_name, .version = VERSION, .asynchronous = false, .gpt = &gpt, .decoder = &decoder};
-    return program_main(&program, argc, argv);
 }

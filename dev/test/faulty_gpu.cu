@@ -1,5 +1,5 @@
 // train_gpt with faults: see faulty.h.
-#define TESTING
+#define VERSION "faulty"
 #include "dev/test/faulty.h" // defines: faulty_load, faulty_start, fault_in_step
 
 #include "llmc/global_norm.cuh" // defines: add_sum
@@ -47,11 +47,4 @@ void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_st
         faulty.flipped = true;
     }
     right_start_step(g, run, lr, applied_steps, requests, guard);
-}
-
-int main(int argc, char** argv) {
-    static GPT gpt;
-    static Decoder decoder;
-    const Program program = {PROGRAM_NAME, "faulty", true, &gpt, &decoder};
-    return program_main(&program, argc, argv);
 }
