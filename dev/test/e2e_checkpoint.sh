@@ -137,11 +137,12 @@ fail_every_read() {
 }
 
 # What a power cut needs, read off the calls of a save: every file written is synced before the rename, its
-# directory too, the directory of checkpoints after the rename and before anything is removed.
+# directory too, and the name of the directory of checkpoints; that directory itself after the rename and before
+# anything is removed.
 synced_before_named() {
     command=("$driver" save "$run" 20 1)
     record
-    awk -v run="$run" -v tmp="$run/step_00000020.tmp" '
+    awk -v parent="$work" -v run="$run" -v tmp="$run/step_00000020.tmp" '
         function wrong(what) { print what; failed = 1 }
         { path = $0; sub(/^[^<]*</, "", path); sub(/>.*/, "", path) } # of the first descriptor
         /^openat.*O_CREAT/ {
@@ -155,6 +156,7 @@ synced_before_named() {
             renamed++
             for (file in created) if (++files && !synced[file]) wrong(file " is not synced")
             if (!synced[tmp]) wrong("the directory is not synced")
+            if (!synced[parent]) wrong("the name of the directory of checkpoints is not synced")
             synced[run] = 0
         }
         /^rename.*delete/ {
@@ -195,25 +197,56 @@ mount_image() { # FILE
     mount -o loop "$1" "$work/small"
 }
 
+# A filesystem whose only checkpoint, of step 10, is on the disk.
 new_image() {
-    mkfs.ext4 -q -F "$work/disk" 24M >"$said" 2>&1 && mount_image "$work/disk"
+    run=$work/small/run
+    mkfs.ext4 -q -F "$work/disk.base" 24M >"$said" 2>&1 && mount_image "$work/disk.base" &&
+        "$driver" save "$run" 10 1 && umount "$work/small"
 }
 
-# What has reached the disk when the power goes: a copy of a filesystem's image, taken without a sync right
-# behind the save. The new step must be in it, every time.
-power_cuts() {
-    local step found
-    run=$work/small/run
-    for step in 20 30 40; do
-        new_image || die "cannot mount: $(cat "$said")"
-        "$driver" save "$run" 10 1 && sync && "$driver" save "$run" $step 1
-        cp "$work/disk" "$work/cut"
-        umount "$work/small"
-        mount_image "$work/cut" || die "the copy does not mount"
-        found=$("$driver" load "$run")
-        umount "$work/small"
-        [ "$found" = "$step" ] || die "found step $found instead of $step"
+# The power goes: what has reached the disk is what a copy of the image holds that is taken without a sync.
+cut() { # WHAT STEPS: one of them is found then, nothing had to be set aside, and the next save works
+    cp "$work/disk" "$work/disk.cut"
+    pkill -KILL -f "^$driver save"
+    wait
+    umount "$work/small" || die "$1: cannot unmount"
+    mount_image "$work/disk.cut" || die "$1: the copy does not mount"
+    (examine "$1" "$2")
+    local code=$?
+    umount "$work/small"
+    [ $code -eq 0 ] || exit $code
+}
+
+cut_behind_a_save() {
+    for step in 20 21 22; do
+        cp "$work/disk.base" "$work/disk" && mount_image "$work/disk" || die "cannot mount"
+        "$driver" save "$run" $step 1
+        cut "power cut behind a save" $step
     done
+}
+
+# Stopped behind a system call, with all that it has not synced still in memory, and then the power goes.
+cut_at_every_call() {
+    local syscall total k pid points=0
+    command=("$driver" save "$run" 20 1)
+    cp "$work/disk.base" "$work/disk" && mount_image "$work/disk" || die "cannot mount"
+    strace -f -qq -y -o "$work/calls" "${command[@]}" && umount "$work/small"
+    sed -i -E 's/^[0-9]+ +//' "$work/calls"
+    for syscall in mkdir openat write fsync rename unlinkat rmdir; do
+        total=$(calls "$syscall")
+        for ((k = 1; k <= total; k++)); do
+            cp "$work/disk.base" "$work/disk" && mount_image "$work/disk" || die "cannot mount"
+            inject "$syscall" signal=STOP $k &
+            until pid=$(pgrep -f "^$driver save") && grep -q '^State:.[Tt]' /proc/$pid/status 2>/dev/null; do
+                kill -0 $! || die "$syscall $k of $total: not stopped"
+                sleep 0.01
+            done
+            cut "power cut at $syscall $k of $total" "10 20"
+            points=$((points + 1))
+        done
+    done
+    [ "$points" -ge 50 ] || die "only $points cuts"
+    echo "$points cuts"
 }
 
 several_processes() {
@@ -262,8 +295,8 @@ else
     skip_test "full filesystems" "mount is not permitted here"
 fi
 if new_image 2>/dev/null; then
-    umount "$work/small"
-    check "power cuts behind a save: the new step is on the disk" power_cuts
+    check "power cuts behind a save: the new step is on the disk" cut_behind_a_save
+    check "power cuts at every system call of a save: the old step is, or the new one, and whole" cut_at_every_call
 else
     skip_test "power cuts" "no ext4 image can be mounted here"
 fi
