@@ -334,7 +334,7 @@ static void test_payload_bytes(void** state) {
         file_in(path, "step_00000020", files_of_a_checkpoint[f]);
         char* data = slurp(path, &size);
         size_t header = header_of(files_of_a_checkpoint[f], data, size);
-        for (size_t k = 0; k < 500; k++) {
+        for (size_t k = 0; k < 5000; k++) {
             size_t i = header +
                        (size_t)(random_uniform(7, RANDOM_INIT, (uint64_t)f, k) * (double)(size - header - 1));
             data[i] ^= (char)(1 << k % 8);
