@@ -24,8 +24,34 @@ newest() { # NAME: the step of the newest checkpoint; 0: there is none
     steps=$(ls "$work/$1/checkpoints" 2>/dev/null | sed -n 's/^step_0*\([0-9]*\)$/\1/p' | sort -n | tail -n 1)
     echo "${steps:-0}"
 }
+open_doors() { # PID...: local addresses of these processes' listening sockets, in the kernel's hexadecimal
+    local sockets
+    sockets=$(for pid; do readlink /proc/"$pid"/fd/*; done 2>/dev/null | sed -n 's/^socket:\[\(.*\)\]$/\1/p')
+    awk -v sockets="$sockets" 'BEGIN { split(sockets, all); for (i in all) own[all[i]] }
+        $4 == "0A" && $10 in own { print $2 }' /proc/net/tcp /proc/net/tcp6
+}
+loopback='^(0100007F|0{24}01000000):'
 
-count=0 went_back=0 unexpected=0 saving=0 before=0 started=$SECONDS
+# A rank that waits for another one listens, where it was told to.
+waits() { # ADDRESS
+    RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 MASTER_ADDR=$1 MASTER_PORT=23987 ./train_gpt_emu train configs/tiny_llama.json \
+        "${data[@]}" "log.run_dir=$work/waits" parallel.start_timeout=60 &>/dev/null &
+    local pid=$! k
+    for ((k = 0; k < 600; k++)); do
+        seen=$(open_doors $pid)
+        [ -z "$seen" ] || break
+        sleep 0.1
+    done
+    kill -KILL $pid
+    wait $pid 2>/dev/null
+    [ -n "$seen" ]
+}
+waits_outside() { waits some.host && ! grep -Eq "$loopback" <<<"$seen"; }
+waits_inside() { waits 127.0.0.1 && ! grep -Evq "$loopback" <<<"$seen"; }
+check "with a master elsewhere rank 0 waits on all addresses" waits_outside
+check "with one on the loopback it waits there" waits_inside
+
+count=0 went_back=0 unexpected=0 saving=0 before=0 doors="" started=$SECONDS
 while [ $count -lt "$faults" ] || [ $((SECONDS - started)) -lt "$seconds" ]; do
     run hit schedule.max_steps=1000000 &
     launch=$!
@@ -35,6 +61,7 @@ while [ $count -lt "$faults" ] || [ $((SECONDS - started)) -lt "$seconds" ]; do
         mapfile -t pids < <(pgrep -f "^./train_gpt_emu train .*log.run_dir=$work/hit ")
     done
     sleep "$(awk -v r=$RANDOM 'BEGIN { print 1.2 * r / 32768 }')"
+    doors+=$(open_doors "${pids[@]}" | grep -Ev "$loopback")
     [ ! -d "$work"/hit/checkpoints/*.tmp ] || saving=$((saving + 1))
     case $((RANDOM % 10)) in
     0) kill -KILL "${pids[@]}" ;;
@@ -61,6 +88,7 @@ done
 check "$count faults, $saving of them during a save: no run lost" [ $unexpected -eq 0 ]
 check "no checkpoint lost: the newest is of step $before" [ $went_back -eq 0 ]
 check "it has got on" [ "$before" -ge $((count / 4)) ]
+check "nobody listened but on the loopback" [ -z "$doors" ]
 check "none was found damaged" sh -c "! ls '$work/hit/checkpoints' | grep -q bad"
 last=$((before + 3))
 check "it ends" run hit schedule.max_steps=$last
