@@ -108,6 +108,7 @@ static inline bool command_train(Trainer* t, const char* argument, Error* err) {
     if (first) telemetry_start(&t->telemetry, t->metrics.path, t->state.step);
     if (first && run->log.tensorboard)
         tensorboard_open(&t->metrics.tensorboard, run->log.run_dir, t->state.step);
+    if (first) metrics_in_background(&t->metrics);
     print_start(t, resumed);
     log_start(t, resumed);
     bool ok = train_loop(t, err), done = t->state.step >= (uint64_t)run->schedule.max_steps;

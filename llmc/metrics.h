@@ -1,10 +1,12 @@
 // What a run says to programs: log.jsonl (one object a line, the source of every plot and report), the newest
 // step's numbers in metrics.prom for Prometheus' node exporter, and those of steps and evaluations for
-// TensorBoard. What cannot be written never stops a run: it is said once, and training goes on.
+// TensorBoard. What cannot be written never stops a run: it is said once, and training goes on. Nor does it wait for
+// a disk that hangs: a thread writes (metrics_in_background).
 #pragma once
 #include <math.h>
 
 #include "llmc/json.h"        // defines: cJSON, json_append_string
+#include "llmc/line_queue.h"  // defines: LineQueue, line_queue_start, line_queue_put, line_queue_flush
 #include "llmc/tensorboard.h" // defines: Tensorboard, tensorboard_scalar, tensorboard_record
 #include "llmc/utf8.h"        // defines: utf8_sequence
 #include "llmc/utils.h"       // defines: String, string_append, write_all
@@ -15,6 +17,7 @@ typedef struct {
     String gauges;                           // what metrics.prom shall hold; size 0: it does
     double textfile_written;                 // when, by seconds_now; 0: not yet
     Tensorboard tensorboard;
+    LineQueue queue; // in front of all of it
 } Metrics;
 
 static inline void metrics_init(Metrics* m) {
@@ -150,22 +153,40 @@ static inline void metrics_tensorboard(Metrics* m, cJSON* event, const char* kin
     free(record.data), free(summary.data);
 }
 
-// Steps and evaluations have numbers only, which go to the other places, too.
-static inline void event_end(Metrics* m, String* line) {
-    static const char* const kinds[] = {"step", "eval"};
-    string_append(line, "}\n");
-    metrics_write(m, line->data, line->size);
-    for (int i = 0; i < 2; i++) {
-        if (strncmp(line->data + 10, kinds[i], 4) != 0 || line->data[14] != '"') continue; // {"event":"
-        cJSON* event = cJSON_Parse(line->data);
-        if (i == 0) metrics_textfile(m, event);
-        metrics_tensorboard(m, event, kinds[i]);
+// One line, to where it belongs: steps and evaluations have numbers only, which go to the other places, too; after a
+// rewind TensorBoard forgets what was behind it.
+static inline void metrics_line(void* metrics, const char* line, size_t size) {
+    enum { STEP, EVAL, REWIND, NUM_KINDS };
+    static const char* const kinds[NUM_KINDS] = {"step", "eval", "rewind"};
+    Metrics* m = (Metrics*)metrics;
+    metrics_write(m, line, size);
+    const char* kind = line + 10; // {"event":"
+    for (int i = 0; i < NUM_KINDS; i++) {
+        size_t n = strlen(kinds[i]);
+        if (strncmp(kind, kinds[i], n) != 0 || kind[n] != '"') continue;
+        cJSON* event = cJSON_Parse(line);
+        if (i == STEP) metrics_textfile(m, event);
+        if (i != REWIND) metrics_tensorboard(m, event, kinds[i]);
+        if (i == REWIND)
+            tensorboard_session(&m->tensorboard, (uint64_t)cJSON_GetObjectItem(event, "step")->valuedouble);
         cJSON_Delete(event);
     }
+}
+
+static inline void event_end(Metrics* m, String* line) {
+    string_append(line, "}\n");
+    if (!line_queue_put(&m->queue, line->data, line->size)) metrics_line(m, line->data, line->size);
     free(line->data);
 }
 
+// From now on a thread writes what events say; all that is written to is open.
+static inline void metrics_in_background(Metrics* m) {
+    line_queue_start(&m->queue, metrics_line, m, m->path);
+}
+
 static inline void metrics_close(Metrics* m) {
+    const double PATIENCE = 10;
+    if (!line_queue_stop(&m->queue, PATIENCE)) return; // its thread has the rest
     metrics_write_textfile(m);
     free(m->gauges.data);
     metrics_close_log(m);

@@ -395,6 +395,7 @@ __attribute__((noreturn)) static inline void watch_end(Watchdog* w, const Error*
         event_end(w->metrics, &line);
     }
     flight_write(w, why);
+    if (say) line_queue_flush(&w->metrics->queue, 2);
     _exit(why->code);
 }
 

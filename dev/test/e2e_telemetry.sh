@@ -299,6 +299,16 @@ check "with the same weights" same full
 for sink in log.jsonl metrics.prom tensorboard; do
     check "and $sink is said once" [ "$(grep -c "warning: .*/$sink" "$work/err")" -eq 1 ]
 done
+mkdir -p "$work/hung" # a log that takes nothing, and does not fail either: a pipe that is full and that nobody reads
+mkfifo "$work/hung/log.jsonl"
+exec 9<>"$work/hung/log.jsonl"
+dd if=/dev/zero of="$work/hung/log.jsonl" bs=1M count=1 oflag=nonblock 2>/dev/null
+timeout 600 ./train_gpt_cpu configs/tiny_llama.json "${small[@]}" "log.run_dir=$work/hung" schedule.max_steps=6 \
+    >"$work/out" 2>"$work/err"
+check "a log that hangs: the run is done" [ $? -eq 0 ]
+check "with the same weights" same hung
+check "and it is said" grep -q '^warning: .*/log.jsonl takes nothing any more: the last lines are not in it$' "$work/err"
+exec 9>&-
 cpu closed schedule.max_steps=6 >&- 2>&- <&-
 check "closed streams: the run is done" [ $? -eq 0 ]
 check "with the same weights" same closed
