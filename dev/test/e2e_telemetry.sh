@@ -303,7 +303,7 @@ mkdir -p "$work/hung" # a log that takes nothing, and does not fail either: a pi
 mkfifo "$work/hung/log.jsonl"
 exec 9<>"$work/hung/log.jsonl"
 dd if=/dev/zero of="$work/hung/log.jsonl" bs=1M count=1 oflag=nonblock 2>/dev/null
-timeout 600 ./train_gpt_cpu configs/tiny_llama.json "${small[@]}" "log.run_dir=$work/hung" schedule.max_steps=6 \
+timeout 300 ./train_gpt_cpu configs/tiny_llama.json "${small[@]}" "log.run_dir=$work/hung" schedule.max_steps=6 \
     >"$work/out" 2>"$work/err"
 check "a log that hangs: the run is done" [ $? -eq 0 ]
 check "with the same weights" same hung

@@ -5,21 +5,26 @@
 #include <cmocka.h>
 
 typedef struct {
-    pthread_mutex_t disk; // held: it hangs
+    bool hangs; // atomic
     String written;
     int calls;
 } Sink;
 
 static void write_line(void* to, const char* line, size_t size) {
     Sink* sink = (Sink*)to;
-    pthread_mutex_lock(&sink->disk);
+    while (__atomic_load_n(&sink->hangs, __ATOMIC_ACQUIRE)) usleep(1000);
     string_append_bytes(&sink->written, line, size);
     sink->calls++;
-    pthread_mutex_unlock(&sink->disk);
+}
+static void hang(Sink* sink, bool on) { __atomic_store_n(&sink->hangs, on, __ATOMIC_RELEASE); }
+static void* goes_on_later(void* sink) {
+    usleep(100000);
+    hang((Sink*)sink, false);
+    return NULL;
 }
 
 static Sink new_sink(void) {
-    Sink sink = {PTHREAD_MUTEX_INITIALIZER, {NULL, 0, 0}, 0};
+    Sink sink = {false, {NULL, 0, 0}, 0};
     string_append(&sink.written, "%s", "");
     return sink;
 }
@@ -72,25 +77,33 @@ static void a_log_that_hangs_holds_up_nothing(void** state) {
     char said[1024];
     line_queue_start(&q, write_line, &sink, "the log");
     q.limit = 60;
-    pthread_mutex_lock(&sink.disk);
+    hang(&sink, true);
     assert_true(line_queue_put(&q, "first\n", 6));
     while (!__atomic_load_n(&q.writing, __ATOMIC_ACQUIRE)) usleep(1000); // the first one hangs
+    pthread_t later;
+    assert_int_equal(pthread_create(&later, NULL, goes_on_later, &sink), 0);
+    assert_true(line_queue_flush(&q, 60)); // nothing waits, but the line is not there before it is written
+    pthread_join(later, NULL);
+    hang(&sink, true);
+    assert_true(line_queue_put(&q, "second\n", 7));
+    while (!__atomic_load_n(&q.writing, __ATOMIC_ACQUIRE)) usleep(1000);
     captured(said, sizeof said, put_ten_of_ten_bytes, &q);
     assert_string_equal(
         said, "warning: the log has taken nothing for so long that lines are lost; training goes on\n");
     assert_true(q.waiting.size <= 60);
     assert_false(line_queue_flush(&q, 0));
-    pthread_mutex_unlock(&sink.disk);
+    hang(&sink, false);
     assert_true(line_queue_flush(&q, 60));
-    assert_string_equal(sink.written.data, "first\n123456789\n123456789\n123456789\n123456789\n123456789\n");
+    assert_string_equal(sink.written.data,
+                        "first\nsecond\n123456789\n123456789\n123456789\n123456789\n123456789\n");
     put_ten_of_ten_bytes(&q); // it takes lines again
     assert_true(line_queue_flush(&q, 60));
-    assert_true(sink.calls > 6);
-    pthread_mutex_lock(&sink.disk);
+    assert_true(sink.calls > 7);
+    hang(&sink, true);
     assert_true(line_queue_put(&q, "last\n", 5));
     captured(said, sizeof said, stop_soon, &q);
     assert_string_equal(said, "warning: the log takes nothing any more: the last lines are not in it\n");
-    pthread_mutex_unlock(&sink.disk);
+    hang(&sink, false);
     pthread_mutex_lock(&q.mutex); // its thread is this test's to end
     q.closing = true;
     pthread_cond_broadcast(&q.changed);
