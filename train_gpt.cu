@@ -30,6 +30,7 @@
 #include "llmc/global_norm.cuh"      // defines: global_norm_squared, add_sum
 #include "llmc/matmul.cuh"           // defines: Matmul, matmul_forward, matmul_backward ...
 #include "llmc/norm.cuh"             // defines: norm_forward, residual_norm_forward, norm_backward
+#include "llmc/replay.cuh"           // defines: Replay, replay_begin, replay_pass, replay_point, replay_first
 #include "llmc/rope.cuh"             // defines: rope_forward, rope_backward
 #include "llmc/tensor_parallel.cuh"  // defines: column_parallel_forward, row_parallel_forward ...
 #include "llmc/weights_hash.cuh"     // defines: hash_add
@@ -180,10 +181,12 @@ struct GPT {
     float* staging;        // (staging_elements) state on its way to the host and back
     size_t staging_elements;
     unsigned long long* hashes; // (ranks) of what data-parallel ranks all have; NULL: nothing
+    Replay replay;              // of a step that is computed twice
     void *attention_scratch, *matmul_workspace;
     float* bias_scratch;
     Matmul matmul;
     void* memory[NUM_MEMORY_CLASSES]; // the allocations behind all of these
+    size_t memory_bytes[NUM_MEMORY_CLASSES];
     // other ranks
     Comm comm;
     TensorParallel tp;
@@ -204,9 +207,9 @@ struct GPT {
     float* host_losses;        // (cp, N) pinned
     float* row_losses;         // (B, cp T): the same, as rows
     StepControl* host_control; // pinned: what the last step reported
-    uint64_t* host_hashes;     // (ranks) the same; hashed: the step made them
-    bool hashed;
-    float grad_scale; // 1 / targets of a step
+    uint64_t* host_words;      // (2, ranks) the same: hashes, and what replay found
+    bool hashed, replayed;     // which of them the step made
+    float grad_scale;          // 1 / targets of a step
     bool use_graph, plans_made;
     cudaGraphExec_t micro_step_graph;
     HostState host; // pinned: the tensors that this rank reads and writes
@@ -356,6 +359,8 @@ static void lay_out_scratch(GPT* g, Arena* arena, bool training) {
     bool replicas = g->place.dp_size > 1 && g->zero != ZERO_PARAMETERS;
     if (training && replicas && g->run->guard.check_every > 0)
         arena_take(&g->hashes, arena, (size_t)g->place.size);
+    if (training && g->run->guard.replay_every > 0)
+        arena_take(&g->replay.words, arena, g->replay.num_words + (size_t)g->place.size);
     arena_take(&workspace, arena, matmul_workspace_bytes());
     g->matmul_workspace = workspace;
     if (c->family->position == POSITION_ROPE) {
@@ -479,6 +484,7 @@ static void gpt_configure(GPT* g, const RunConfig* run, int B, int T, bool train
         g->list = pass_list(g, g->list_micro_batches);
         g->num_slots = g->list.num_slots, g->num_inputs = g->list.num_inputs;
         g->split_backward = run->parallel.pipeline_schedule == PIPELINE_ZERO_BUBBLE;
+        replay_configure(&g->replay, &g->place, g->list_micro_batches, run->model.num_hidden_layers);
     }
     g->slots = (Slot*)calloc_check((size_t)g->num_slots, sizeof *g->slots);
     g->inputs = (Input*)calloc_check((size_t)g->num_inputs, sizeof *g->inputs);
@@ -678,6 +684,7 @@ template <typename Grad> static void reduce_gradients(GPT* g, int b, bool last_m
     size_t share = bucket.size / (size_t)g->place.dp_size;
     if (!g->grad_windows && !last_micro_batch) return;
     flight()->layer = b - 1;
+    replay_point(g->comm.replay, grads, bucket.size * sizeof(Grad), g->stream);
     sum_replicas<Grad>(g, b);
     if (g->place.dp_size == 1 && !g->grad_windows) return;
     hand_over(g, g->stream, g->comm_stream);
@@ -1007,6 +1014,7 @@ static int link_axis(const GPT* g, int direction, int from) {
 
 // Sends or receives (NS, C) in a stream of its own: behind what `stream` did so far, or ahead of what it does next.
 static void send_to(GPT* g, enum Link link, const floatX* data, int axis, int to, size_t n) {
+    replay_point(g->comm.replay, data, n * sizeof *data, g->stream);
     hand_over(g, g->stream, g->links[link]);
     comm_send(&g->comm, axis, data, n, to, g->links[link]);
 }
@@ -1076,6 +1084,7 @@ template <typename Grad> static void backward_pass(GPT* g, const Pass* pass) {
 template <typename Grad> static void run_pass(GPT* g, const PipelineOp* op, const int* batch) {
     Pass pass = pass_of(g, op, g->step_micro_batches);
     int record;
+    replay_pass(g->comm.replay, &g->place, op);
     switch (op->kind) {
     case PIPELINE_FORWARD:
         forward_pass(g, &pass, batch, g->B);
@@ -1183,6 +1192,32 @@ void gpt_load_batch(GPT* g, const int32_t* rows, int num_rows, bool document_mas
                    g->B, document_mask, eot_id);
 }
 
+// The first of a step's two runs. Its gradients are thrown away, and the step goes on as any other.
+static void run_passes_first(GPT* g) {
+    g->comm.replay = &g->replay;
+    replay_begin(&g->replay, g->stream);
+    run_passes(g);
+    hand_over(g, g->comm_stream, g->stream);
+    size_t bytes = g->memory_bytes[MEMORY_GRADIENTS];
+    CUDA_CHECK(cudaMemsetAsync(g->memory[MEMORY_GRADIENTS], 0, bytes, g->stream));
+    g->replay.again = true;
+}
+
+// words (ranks): one that each rank made, to all of them and their hosts.
+static void share_words(GPT* g, unsigned long long* words, uint64_t* host) {
+    const long long* mine = (const long long*)words + g->place.rank;
+    size_t bytes = (size_t)g->place.size * sizeof *words;
+    comm_all_gather(&g->comm, AXIS_WORLD, (long long*)words, mine, 1, g->stream);
+    CUDA_CHECK(cudaMemcpyAsync(host, words, bytes, cudaMemcpyDeviceToHost, g->stream));
+}
+
+static void compare_runs(GPT* g) {
+    g->comm.replay = NULL;
+    unsigned long long* found =
+        replay_first(&g->replay, &g->control->sums.deviating, g->place.rank, g->stream);
+    share_words(g, found, g->host_words + g->place.size);
+}
+
 // Every rank's hash of what all of its data-parallel group should have: the weights, and with ZeRO 0 the optimizer's
 // state. Before the update: behind it, what ranks gather from each other hides that one of them differs.
 static void hash_replicas(GPT* g) {
@@ -1195,9 +1230,7 @@ static void hash_replicas(GPT* g) {
         hash_add(mine, g->m, n * moment_bytes(g), 3, g->stream);
         hash_add(mine, g->v, n * moment_bytes(g), 4, g->stream);
     }
-    comm_all_gather(&g->comm, AXIS_WORLD, (long long*)g->hashes, (const long long*)mine, 1, g->stream);
-    CUDA_CHECK(cudaMemcpyAsync(g->host_hashes, g->hashes, (size_t)g->place.size * sizeof *g->hashes,
-                               cudaMemcpyDeviceToHost, g->stream));
+    share_words(g, g->hashes, g->host_words);
 }
 
 // From complete gradients to new weights. A tied embedding is in the first and the last stage, and each has what it
@@ -1209,6 +1242,7 @@ static void update_launch(GPT* g, const RunConfig* run, double num_targets, Step
     hand_over(g, g->comm_stream, g->stream);
     int record = comm_begin_compute(&g->comm, "update", g->stream);
     if (g->hashed) hash_replicas(g);
+    if (g->replayed) compare_runs(g);
     if (g->config.tie_word_embeddings && (has_embedding(l) || has_head(l)))
         comm_all_reduce(&g->comm, AXIS_TIED, slice_gradients<Grad>(g, 0), state_slice(g, 0).size, g->stream);
     for (int b = 0; b < num_buckets(g); b++) { // each rank counts a share, also where it has more
@@ -1253,12 +1287,15 @@ void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_st
     nvtxRangePushA("step");
     CUDA_CHECK(cudaEventRecord(g->step_begun, g->stream));
     g->hashed = guard.hash_weights && g->hashes != NULL;
+    g->replayed = guard.replay && g->replay.words != NULL;
+    bool graph = g->use_graph && !g->replayed; // both runs launch the same kernels
+    if (g->replayed) run_passes_first(g);
     step_control_begin(g->control, lr, applied_steps, requests, g->stream);
-    for (int i = 0; g->use_graph && i < g->step_micro_batches; i++) {
+    for (int i = 0; graph && i < g->step_micro_batches; i++) {
         upload_batch(g, &g->slots[0], g->step_batch[g->step_slot] + (size_t)i * micro_batch);
         micro_step_through_graph(g);
     }
-    if (!g->use_graph) run_passes(g);
+    if (!graph) run_passes(g);
     update(g, run, (double)g->step_micro_batches * (double)rows_of(g) * g->place.dp_size, guard);
     CUDA_CHECK(
         cudaMemcpyAsync(g->host_control, g->control, sizeof *g->control, cudaMemcpyDeviceToHost, g->stream));
@@ -1276,7 +1313,8 @@ StepResult gpt_finish_step(GPT* g) {
     r.loss = g->host_control->loss, r.grad_norm = g->host_control->grad_norm;
     r.applied = g->host_control->applied != 0;
     r.requests = requests_of_sum(g->host_control->sums.requests);
-    r.hashes = g->hashed ? g->host_hashes : NULL;
+    r.hashes = g->hashed ? g->host_words : NULL;
+    r.replay = g->replayed ? g->host_words + g->place.size : NULL;
     return r;
 }
 
@@ -1339,9 +1377,8 @@ static bool create_host_buffers(GPT* g, int rows_per_step, Error* err) {
            allocate_pinned((void**)&g->eval_batch, micro_batch, "batches", err) &&
            allocate_pinned((void**)&g->host_losses, losses, "losses", err) &&
            allocate_pinned((void**)&g->host_control, sizeof *g->host_control, "step's report", err) &&
-           (g->hashes == NULL ||
-            allocate_pinned((void**)&g->host_hashes, (size_t)g->place.size * sizeof *g->host_hashes,
-                            "step's report", err));
+           allocate_pinned((void**)&g->host_words, 2 * (size_t)g->place.size * sizeof *g->host_words,
+                           "step's report", err);
 }
 
 static void upload_rope_table(GPT* g) {
@@ -1423,6 +1460,7 @@ static bool create_memory(GPT* g, bool training, Error* err) {
         lay_out(g, i, &arena, training);
         if (arena.used == 0) continue;
         if (!allocate(&g->memory[i], arena.used, memory_class_names[i], err)) return false;
+        g->memory_bytes[i] = arena.used;
         // gradients and moments start at zero, and so does the padding of the vocabulary and of buckets
         if (i < MEMORY_ACTIVATIONS) CUDA_CHECK(cudaMemsetAsync(g->memory[i], 0, arena.used, g->stream));
         Arena real_arena = {(char*)g->memory[i], 0};
@@ -1472,7 +1510,7 @@ void gpt_free(GPT* g) {
         if (g->micro_step_graph != NULL) CUDA_CHECK(cudaGraphExecDestroy(g->micro_step_graph));
         for (int i = 0; i < NUM_MEMORY_CLASSES; i++) CUDA_CHECK(cudaFree(g->memory[i]));
         void* pinned[] = {g->step_batch[0], g->step_batch[1], g->eval_batch, g->host_losses, g->host_control,
-                          g->host_hashes,   g->host.params,   g->host.m,     g->host.v};
+                          g->host_words,    g->host.params,   g->host.m,     g->host.v};
         for (size_t i = 0; i < sizeof pinned / sizeof pinned[0]; i++)
             if (pinned[i] != NULL) CUDA_CHECK(cudaFreeHost(pinned[i]));
         for_events(g, false);

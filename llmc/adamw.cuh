@@ -23,7 +23,7 @@ typedef struct {
     uint64_t applied_steps;          // this one included, if it is applied
     float lr, grad_scale;            // what gradients are multiplied by: 1, or less to clip
     float rate, second_moment_scale; // lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t)
-    int applied;                     // 0: the guard rejected loss or norm, nothing may change
+    int applied;                     // 0: the guard rejected it, or it deviated: nothing may change
 } StepControl;
 
 static __global__ void step_control_begin_kernel(StepControl* control, float lr, uint64_t applied_steps,
@@ -44,7 +44,7 @@ static __global__ void update_control_kernel(StepControl* control, double num_ta
     double norm = sqrt(exact_value(&control->sums.norm_squared));
     double loss = exact_value(&control->sums.loss) / num_targets;
     control->loss = loss, control->grad_norm = norm;
-    control->applied = guard_accepts(&guard, loss, norm);
+    control->applied = control->sums.deviating == 0 && guard_accepts(&guard, loss, norm);
     control->grad_scale = (float)(grad_clip > 0 && norm > grad_clip ? grad_clip / norm : 1);
     if (!control->applied) return;
     double t = (double)++control->applied_steps;

@@ -6,6 +6,7 @@
 #pragma once
 #include "llmc/cuda_common.cuh" // defines: CUDA_CHECK
 #include "llmc/flight.h"        // defines: Axis, axis_color, flight, flight_record
+#include "llmc/replay.cuh"      // defines: Replay, replay_point
 #include "llmc/rendezvous.h"    // defines: Control, control_broadcast
 
 #ifdef USE_NCCL
@@ -29,6 +30,7 @@ typedef struct {
     bool watched;        // there are events
     bool together;       // between comm_begin and comm_end
     uint64_t open_since; // flight records at comm_begin
+    Replay* replay;      // of passes that are computed twice: what is handed over is hashed; else NULL
 } Comm;
 
 // ----------------------------------------------------------------------------
@@ -86,6 +88,13 @@ static inline void comm_end_compute(Comm* c, int record, cudaStream_t stream) {
     comm_mark(c, &c->behind[record], stream);
 }
 
+// What the passes of a step are about to give to others. Along the data-parallel axis that is weights, which they did not
+// compute, and gradients, which reduce_gradients hashes; sums over all (all-reduce) are of gradients, too.
+static inline void comm_compare(const Comm* c, int axis, const void* data, size_t bytes,
+                                cudaStream_t stream) {
+    if (axis != AXIS_DP) replay_point(c->replay, data, bytes, stream);
+}
+
 // data (n) = its sum over the group
 template <typename X>
 static inline void comm_all_reduce(Comm* c, int axis, X* data, size_t n, cudaStream_t stream) {
@@ -100,6 +109,7 @@ static inline void comm_all_reduce(Comm* c, int axis, X* data, size_t n, cudaStr
 template <typename X>
 static inline void comm_all_gather(Comm* c, int axis, X* data, const X* part, size_t n, cudaStream_t stream) {
     if (c->group[axis].size == 1 || n == 0) return;
+    comm_compare(c, axis, part, n * sizeof(X), stream);
     comm_run(c, axis, "all-gather", n * sizeof(X), -1, stream, [=](ncclComm_t comm) {
         NCCL_CHECK(c, ncclAllGather(part, data, n, nccl_type<X>(), comm, stream));
         (void)comm, (void)data, (void)part;
@@ -111,6 +121,7 @@ template <typename X>
 static inline void comm_reduce_scatter(Comm* c, int axis, X* part, const X* data, size_t n,
                                        cudaStream_t stream) {
     if (c->group[axis].size == 1 || n == 0) return;
+    comm_compare(c, axis, data, n * sizeof(X) * (size_t)c->group[axis].size, stream);
     comm_run(c, axis, "reduce-scatter", n * sizeof(X), -1, stream, [=](ncclComm_t comm) {
         NCCL_CHECK(c, ncclReduceScatter(data, part, n, nccl_type<X>(), ncclSum, comm, stream));
         (void)comm, (void)data, (void)part;

@@ -69,7 +69,7 @@ typedef struct {
     struct {
         int max_skipped_steps, policy; // policy: a GuardPolicy
         double sigma;
-        int window, rewind_max, rewind_skip, check_every;
+        int window, rewind_max, rewind_skip, check_every, replay_every;
     } guard;
     struct {
         char run_dir[CONFIG_TEXT];
@@ -231,6 +231,8 @@ static const Knob knobs[] = {
         "batches that a rewind leaves out from its checkpoint on; at least all up to the bad one"},
     {"guard", "check_every", KNOB_INT, AT(guard.check_every), "0", 0, STEPS_MAX, NULL,
         "GPU: steps between comparisons of the weights of data-parallel ranks, ZeRO 0 to 2; 0: none"},
+    {"guard", "replay_every", KNOB_INT, AT(guard.replay_every), "0", 0, STEPS_MAX, NULL,
+        "GPU: steps between steps that are computed twice and compared to the bit; 0: none"},
     {"log", "run_dir", KNOB_TEXT, AT(log.run_dir), NULL, 0, 0, NULL,
         "directory of the run: `log.jsonl`, `run_config.json`, `checkpoints/`"},
     {"log", "every", KNOB_INT, AT(log.every), "1", 1, STEPS_MAX, NULL,

@@ -13,7 +13,8 @@ enum { NORM_BLOCKS = 1024, NORM_THREADS = 256, LOSS_THREADS = 1024 };
 // One step's sums, in one piece, which all ranks add to each other's.
 typedef struct {
     ExactSum loss, norm_squared;
-    long long requests; // ranks that ask for a stop, in the low half, and for a checkpoint, in the high one
+    long long requests;  // ranks that ask for a stop, in the low half, and for a checkpoint, in the high one
+    long long deviating; // ranks on which the step, computed twice, was not the same (replay.cuh)
 } StepSums;
 enum { STEP_SUMS = sizeof(StepSums) / sizeof(long long) };
 

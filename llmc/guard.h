@@ -4,11 +4,12 @@
 //     not finite   never reaches the weights and never enters a mean, whatever the policy
 //     spike        above mean + sigma deviations of the last `window` values, of the loss or of the gradient norm
 //     weights      replicas that should be equal to the bit and are not
+//     replay       a step that was computed twice, and not the same
 #pragma once
 #include "llmc/checkpoint.h" // defines: TrainState, Detector
 #include "llmc/config.h"     // defines: RunConfig, GuardPolicy
 #include "llmc/control.h"    // defines: ranks_listed
-#include "llmc/program.h"    // defines: StepGuard, StepResult, guard_passes
+#include "llmc/program.h"    // defines: StepGuard, StepResult, REPLAY_SAME, guard_passes
 
 // ----------------------------------------------------------------------------
 // a number that each step has: its exponential mean and variance, which are those of all values at first
@@ -41,7 +42,7 @@ static inline double guard_limit(const Detector* d, const RunConfig* run) {
 
 // What the next step must stay below, from those before it: no limit until a window is full.
 static inline StepGuard guard_limits(const TrainState* s, const RunConfig* run) {
-    StepGuard limits = {guard_limit(&s->loss, run), guard_limit(&s->grad_norm, run), false};
+    StepGuard limits = {guard_limit(&s->loss, run), guard_limit(&s->grad_norm, run), false, false};
     return limits;
 }
 
@@ -52,11 +53,17 @@ static inline bool guard_check_due(uint64_t step, const RunConfig* run) {
     return every > 0 && (step % every == 0 || (save > 0 && step % save == 0));
 }
 
+static inline bool guard_replay_due(uint64_t step, const RunConfig* run) {
+    uint64_t every = (uint64_t)run->guard.replay_every;
+    return every > 0 && step % every == 0;
+}
+
 // What the program that computes the next step is told: a warning lets spikes pass.
 static inline StepGuard guard_orders(const TrainState* s, const RunConfig* run) {
     StepGuard orders = guard_limits(s, run);
     if (run->guard.policy == GUARD_WARN) orders.max_loss = orders.max_grad_norm = INFINITY;
     orders.hash_weights = guard_check_due(s->step + 1, run);
+    orders.replay = guard_replay_due(s->step + 1, run);
     return orders;
 }
 
@@ -69,7 +76,7 @@ static inline void guard_count(TrainState* state, const RunConfig* run, const St
 }
 
 // ----------------------------------------------------------------------------
-// replicas
+// ranks that compute, or remember, what they should not
 
 // Data-parallel ranks whose weights' hashes (of all ranks of the layout) differ from what most of their group have;
 // where there is no majority, all of the group. Their names into `names`. False: there are none.
@@ -96,22 +103,50 @@ static inline bool guard_deviating(const Layout* l, const uint64_t* hashes, char
     return any;
 }
 
+// Of ranks that computed a step twice: those whose first deviation (StepResult) is the first of all, since the others'
+// may come from it. Their names into `names`. False: there are none.
+static inline bool guard_replay_deviating(const Layout* l, const uint64_t* first, char names[256]) {
+    uint64_t least = REPLAY_SAME;
+    bool* deviates = (bool*)calloc_check((size_t)l->size, sizeof *deviates);
+    for (int r = 0; r < l->size; r++) least = first[r] < least ? first[r] : least;
+    for (int r = 0; r < l->size; r++) deviates[r] = least != REPLAY_SAME && first[r] == least;
+    ranks_listed(deviates, l->size, names);
+    free(deviates);
+    return least != REPLAY_SAME;
+}
+
 // ----------------------------------------------------------------------------
 // the verdict
 
+// What is wrong with ranks, while the data may be good.
 typedef struct {
-    const char* what;    // loss, grad_norm or weights; NULL: nothing is wrong
-    double value, limit; // not of weights
-    char ranks[256];     // of weights: those that deviate
-} Alarm;
+    const char *what, *says, *remedy;
+    bool stays; // there is no step to leave out that heals it
+} RankFault;
+static const RankFault weights_fault = {"weights", "the weights of data-parallel replicas differ",
+                                        "look at that GPU's memory, and start again from the last checkpoint",
+                                        true};
+static const RankFault replay_fault = {
+    "replay", "the step was computed twice and is not the same",
+    "that GPU computes wrongly: leave its node out, and resume from the last checkpoint", false};
 
-static inline bool guard_is_weights(const Alarm* a) { return a->ranks[0] != '\0'; }
+typedef struct {
+    const char* what;       // loss, grad_norm, weights or replay; NULL: nothing is wrong
+    double value, limit;    // of loss and grad_norm
+    const RankFault* fault; // of weights and replay; else NULL
+    char ranks[256];        // that have it
+} Alarm;
 
 // What is wrong with a step that was computed under these limits.
 static inline Alarm guard_judge(const StepGuard* limits, const Layout* layout, const StepResult* r) {
-    Alarm alarm = {NULL, 0, 0, ""};
+    Alarm alarm = {NULL, 0, 0, NULL, ""};
+    // first what causes the others
     if (r->hashes != NULL && guard_deviating(layout, r->hashes, alarm.ranks))
-        alarm.what = "weights"; // first, as a cause of the others
+        alarm.fault = &weights_fault;
+    else if (r->replay != NULL && guard_replay_deviating(layout, r->replay, alarm.ranks))
+        alarm.fault = &replay_fault;
+    if (alarm.fault != NULL)
+        alarm.what = alarm.fault->what;
     else if (!guard_passes(r->loss, limits->max_loss))
         alarm.what = "loss", alarm.value = r->loss, alarm.limit = limits->max_loss;
     else if (!guard_passes(r->grad_norm, limits->max_grad_norm))
@@ -121,8 +156,8 @@ static inline Alarm guard_judge(const StepGuard* limits, const Layout* layout, c
 
 // "loss 12.3 is above its limit, 4.5", for people.
 static inline void guard_describe(const Alarm* a, char text[512]) {
-    if (guard_is_weights(a))
-        snprintf(text, 512, "the weights of data-parallel replicas differ: rank %s", a->ranks);
+    if (a->fault != NULL)
+        snprintf(text, 512, "%s: rank %s", a->fault->says, a->ranks);
     else if (!isfinite(a->value))
         snprintf(text, 512, "%s is not finite", a->what);
     else

@@ -46,11 +46,10 @@ static inline void guard_event_batch(Trainer* t, String* line, uint64_t first, u
 static inline void guard_report(Trainer* t, const char* action) {
     const Alarm* a = &t->alarm;
     uint64_t rows = (uint64_t)t->run.batch.global_batch_size, first = t->state.rows - rows;
-    bool weights = guard_is_weights(a);
     char text[512], which[64] = "";
     if (t->control.rank > 0) return;
     guard_describe(a, text);
-    if (!weights)
+    if (a->fault == NULL)
         snprintf(which, sizeof which, "rows %llu to %llu | ", (unsigned long long)first,
                  (unsigned long long)(first + rows - 1));
     printf("guard %6llu | %s | %s%s\n", (unsigned long long)t->state.step, text, which, action);
@@ -61,7 +60,7 @@ static inline void guard_report(Trainer* t, const char* action) {
     append_choice(&line, find_knob("guard", "policy")->choices, t->run.guard.policy);
     string_append(&line, "\"");
     event_text(&line, "action", action);
-    if (weights) {
+    if (a->fault != NULL) {
         event_text(&line, "ranks", a->ranks);
     } else {
         event_number(&line, "value", a->value);
@@ -88,12 +87,11 @@ static inline bool guard_end(Trainer* t, const char* why, const char* remedy, Er
 static inline bool guard_act(Trainer* t, bool applied, bool* rewind, Error* err) {
     const RunConfig* run = &t->run;
     int policy = run->guard.policy;
-    bool weights = guard_is_weights(&t->alarm);
-    if (policy == GUARD_STOP || (policy == GUARD_SKIP && weights)) // no step to leave out heals weights
-        return guard_end(t, "guard.policy ends the run",
-                         weights ? "look at that GPU's memory, and start again from the last checkpoint"
-                                 : "log.jsonl has the batch; resume with another guard.policy",
-                         err);
+    const RankFault* fault = t->alarm.fault;
+    if (policy == GUARD_STOP || (policy == GUARD_SKIP && fault != NULL && fault->stays))
+        return guard_end(
+            t, "guard.policy ends the run",
+            fault != NULL ? fault->remedy : "log.jsonl has the batch; resume with another guard.policy", err);
     if (policy == GUARD_REWIND && t->state.rewinds >= (uint64_t)run->guard.rewind_max)
         return guard_end(t, "guard.rewind_max rewinds were not enough",
                          "lower optimizer.learning_rate or look at the data or the GPUs", err);
@@ -103,15 +101,15 @@ static inline bool guard_act(Trainer* t, bool applied, bool* rewind, Error* err)
 }
 
 // Goes back to the newest checkpoint, or to the start where there is none; no save is under way. Behind bad numbers the
-// data go on behind their batch, behind bad weights where the checkpoint was.
+// data go on behind their batch, behind a fault of ranks where the checkpoint was.
 static inline bool guard_rewind(Trainer* t, Error* err) {
     TrainState bad = t->state;
-    bool weights = guard_is_weights(&t->alarm), from_checkpoint;
+    bool from_checkpoint;
     flight_phase(PHASE_START, t->state.step);
     if (!load_or_init(t, &from_checkpoint, err)) return false;
     t->tried_step = t->saved_step;
     t->state.rewinds = bad.rewinds + 1;
-    if (!weights) t->state.rows = guard_rows_after_rewind(t->state.rows, bad.rows, &t->run);
+    if (t->alarm.fault == NULL) t->state.rows = guard_rows_after_rewind(t->state.rows, bad.rows, &t->run);
     if (t->control.rank > 0) return true;
     line_queue_flush(&t->metrics.queue, 10);                         // it is read
     telemetry_resume(&t->telemetry, t->metrics.path, t->state.step); // steps that are done again count once

@@ -23,18 +23,24 @@ enum StepRequest { REQUEST_STOP = 1, REQUEST_SAVE = 2 };
 // A step's outcome; lr and seconds are the loop's.
 typedef struct {
     double loss, grad_norm, lr, seconds;
-    bool applied; // false: the guard rejected loss or gradient norm, and the weights are as before
+    bool
+        applied; // false: loss or gradient norm was rejected, or the replay deviated; the weights are as before
     int requests; // StepRequests of some process
     const uint64_t*
         hashes; // of the weights of each rank before the update, until the next step; NULL: none were made
+    const uint64_t*
+        replay; // of each rank the first of what it computed twice that was not the same, in an order
+                // in which causes come first, or REPLAY_SAME; until the next step; NULL: once only
 } StepResult;
 
 // What guards a step, decided before it, the same in all processes (guard.h).
 typedef struct {
     double max_loss, max_grad_norm; // it is applied if both are finite and not above these
     bool hash_weights;              // where there are replicas to compare
+    bool replay;                    // it is computed twice, and not applied if the two differ (replay.cuh)
 } StepGuard;
-static const StepGuard no_guard = {INFINITY, INFINITY, false}; // only what is not finite is rejected
+static const uint64_t REPLAY_SAME = UINT64_MAX;
+static const StepGuard no_guard = {INFINITY, INFINITY, false, false}; // only what is not finite is rejected
 
 // A test on isfinite() beside the comparison, since an infinity is not above a limit that is none; and not on
 // `value > limit`, since every comparison with a NaN is false.

@@ -205,13 +205,15 @@ static inline bool after_step(Trainer* t, bool applied, Due* due, Error* err) {
     if (t->alarm.what != NULL && !guard_act(t, applied, &due->rewind, err)) return false;
     if (due->rewind) return true;
     if (t->state.consecutive_skipped >= (uint64_t)run->guard.max_skipped_steps) {
+        char text[512];
+        guard_describe(&t->alarm, text);
         t->agreed = true; // all have counted
         return fail(
             err, EXIT_INTERNAL,
-            "training diverged: loss or gradient norm was not finite, or a spike, in %d steps in a row up to step "
-            "%llu; lower optimizer.learning_rate or look at the data, and resume from the last checkpoint "
+            "training diverged: %d steps in a row were skipped, up to step %llu, in which %s; lower "
+            "optimizer.learning_rate or look at the data or the GPUs, and resume from the last checkpoint "
             "(guard.max_skipped_steps is the limit)",
-            run->guard.max_skipped_steps, step);
+            run->guard.max_skipped_steps, step, text);
     }
     double before = seconds_now();
     if (due->save && !save(t, err)) {
