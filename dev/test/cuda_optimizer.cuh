@@ -3,6 +3,7 @@
 #pragma once
 #include "dev/test/cuda_harness.cuh" // defines: cpu, judge, tap_check, random_values, to_device, to_host ...
 #include "llmc/adamw.cuh"            // defines: adamw_update, update_control, StepControl
+#include "llmc/replay.cuh"           // defines: Replay, replay_word, replay_point, replay_first ...
 #include "llmc/weights_hash.cuh"     // defines: hash_add
 
 // ----------------------------------------------------------------------------
@@ -116,12 +117,13 @@ template <typename F> static void for_buckets(const OptimizerModel& model, F f) 
 template <typename Grad, typename Moment>
 static StepControl optimizer_step(const OptimizerModel& model, OptimizerState<Grad, Moment>& s,
                                   const RunConfig& run, double lr, uint64_t applied, float loss,
-                                  StepGuard guard = no_guard) {
+                                  StepGuard guard = no_guard, long long deviating = 0) {
     StepControl control;
     float* losses = own_device<float>(3);
     const float three[] = {loss, 2, 3};
     CUDA_CHECK(cudaMemcpy(losses, three, sizeof three, cudaMemcpyHostToDevice));
     step_control_begin(s.control, lr, applied, false, 0);
+    CUDA_CHECK(cudaMemcpy(&s.control->sums.deviating, &deviating, sizeof deviating, cudaMemcpyHostToDevice));
     add_sum(&s.control->sums.loss, losses, 3, 0);
     add_sum(&s.control->sums.loss, losses, 3, 0); // two micro-batches
     for_buckets(model, [&](Bucket b, const BucketTable* table) {
@@ -233,10 +235,11 @@ template <typename Grad> static void test_adamw(const char* family, bool tied, d
     release_all();
 }
 
-// With NaN or infinity in the loss or in one gradient, or one of them above its limit, nothing changes, to the bit, and
-// gradients are zeroed.
+// With NaN or infinity in the loss or in one gradient, or one of them above its limit, or deviating ranks, nothing changes,
+// to the bit, and gradients are zeroed.
 template <typename Grad, typename Moment>
-static void test_skip(bool split, float loss, double gradient, bool skipped, StepGuard guard = no_guard) {
+static void test_skip(bool split, float loss, double gradient, bool skipped, StepGuard guard = no_guard,
+                      long long deviating = 0) {
     OptimizerModel model = optimizer_model("gpt2", true);
     RunConfig run = optimizer_run(model, 1);
     size_t n = model.n;
@@ -248,7 +251,7 @@ static void test_skip(bool split, float loss, double gradient, bool skipped, Ste
     double *m = to_host(s.m, n), *v = to_host(s.v, n);
     grads[n / 2] = gradient;
     set_gradients(s.grads, grads, n);
-    StepControl control = optimizer_step(model, s, run, 1e-2, 1, loss, guard);
+    StepControl control = optimizer_step(model, s, run, 1e-2, 1, loss, guard, deviating);
     double *m2 = to_host(s.m, n), *v2 = to_host(s.v, n), *after = to_host(s.grads, n);
     bool same =
         master_of(s, n) == before && memcmp(m, m2, n * sizeof *m) == 0 && memcmp(v, v2, n * sizeof *v) == 0;
@@ -256,9 +259,9 @@ static void test_skip(bool split, float loss, double gradient, bool skipped, Ste
     for (size_t i = 0; i < n; i++) zeroed = zeroed && after[i] == 0;
     tap_check(same == skipped && zeroed && control.applied == !skipped &&
                   control.applied_steps == (skipped ? 1u : 2u),
-              "loss %g (at most %g), a gradient of %g (norm at most %g), %s: %s", (double)loss,
-              guard.max_loss, gradient, guard.max_grad_norm, storage_name<Grad, Moment>(split).c_str(),
-              skipped ? "skipped" : "applied");
+              "loss %g (at most %g), a gradient of %g (norm at most %g), %d deviate, %s: %s", (double)loss,
+              guard.max_loss, gradient, guard.max_grad_norm, (int)deviating,
+              storage_name<Grad, Moment>(split).c_str(), skipped ? "skipped" : "applied");
     release_all();
 }
 
@@ -466,6 +469,70 @@ static unsigned long long hash_of(const std::vector<unsigned long long>& words, 
     return host;
 }
 
+// Every pass has words of its own, causes before effects: forward from stage to stage, then backward, then what is left
+// of the weights' gradients; a micro-batch behind the other.
+static void test_replay_order(void) {
+    const int MICRO_BATCHES = 3, STAGES = 2, CHUNKS = 2;
+    const int kinds[] = {PIPELINE_FORWARD, PIPELINE_BACKWARD, PIPELINE_BACKWARD_WEIGHT};
+    Layout l = layout_single();
+    Replay r = {};
+    size_t expected = 0;
+    bool same = true;
+    l.size = l.pp_size = STAGES, l.num_chunks = CHUNKS;
+    replay_configure(&r, &l, MICRO_BATCHES, 7);
+    for (int m = 0; m < MICRO_BATCHES; m++)
+        for (int kind : kinds)
+            for (int i = 0; i < STAGES * CHUNKS; i++) {
+                int stage = kind == PIPELINE_FORWARD ? i : STAGES * CHUNKS - 1 - i;
+                PipelineOp op = {kind, m, stage / STAGES, 0, 0};
+                Layout here = layout_at(l, stage % STAGES);
+                same = same && replay_word(&r, &here, &op) == expected;
+                op.kind = kind == PIPELINE_BACKWARD ? (int)PIPELINE_BACKWARD_INPUT : kind;
+                same = same && replay_word(&r, &here, &op) == expected;
+                expected += (size_t)r.points;
+            }
+    tap_check(same && r.num_words == expected && r.points >= 2 * REPLAY_POINTS_LAYER,
+              "words of a step that is computed twice: causes before effects");
+}
+
+// Two runs of a pass with these points, in the second of which one bit of the memory of point `flipped` is another one,
+// and then of that before the last. Returns the word that is found, -1 for none; -2 where `deviating` is wrong.
+static long long replay_runs(int points, int flipped) {
+    const size_t N = 3 * 333; // not of 8 bytes
+    const PipelineOp op = {PIPELINE_FORWARD, 0, 0, 0, 0};
+    Layout l = layout_single();
+    Replay r = {};
+    replay_configure(&r, &l, 1, 1);
+    r.words = own_device<unsigned long long>(r.num_words + 1);
+    uint32_t* memory = own_device<uint32_t>(N);
+    long long *deviating = own_device<long long>(1), any, found;
+    CUDA_CHECK(cudaMemset(memory, 1, N * sizeof *memory));
+    replay_begin(&r, 0);
+    for (int run = 0; run < 2; run++) {
+        r.again = run > 0;
+        replay_pass(&r, &l, &op);
+        for (int i = 0; i < points; i++) {
+            bool other = run > 0 && flipped >= 0 && (i == flipped || i == points - 2);
+            CUDA_CHECK(cudaMemset(memory + N / 2, other ? 3 : 1, 1));
+            replay_point(&r, memory + 1, (N - 1 - (size_t)(i % 2)) * sizeof *memory, 0);
+        }
+    }
+    unsigned long long* words = replay_first(&r, deviating, 0, 0);
+    CUDA_CHECK(cudaDeviceSynchronize());
+    CUDA_CHECK(cudaMemcpy(&found, words, sizeof found, cudaMemcpyDeviceToHost));
+    CUDA_CHECK(cudaMemcpy(&any, deviating, sizeof any, cudaMemcpyDeviceToHost));
+    release_all();
+    return any == (found != -1) ? found : -2;
+}
+
+static void test_replay(void) {
+    const int LAST = REPLAY_POINTS_LAYER + REPLAY_POINTS_REST - 1;
+    tap_check(replay_runs(5, -1) == -1, "computed twice, the same: nothing is found");
+    tap_check(replay_runs(5, 0) == 0 && replay_runs(9, 3) == 3 && replay_runs(5, 4) == 3,
+              "computed twice, not the same: the first point is found");
+    tap_check(replay_runs(LAST + 9, LAST + 3) == LAST, "points beyond the last word share it, and are found");
+}
+
 // Any bit of any word, its place and the array count; also in words that a thread has after its first.
 static void test_hash(void) {
     for (size_t n : {(size_t)1, (size_t)1000, (size_t)HASH_BLOCKS * HASH_THREADS + 77}) {
@@ -495,6 +562,8 @@ static void test_optimizer(void) {
     test_norm_of_some();
     test_norm_of_extremes();
     test_hash();
+    test_replay_order();
+    test_replay();
     test_norm_squared<float>();
     test_adamw<float>("gpt2", true, 1);
     test_adamw<float>("llama", false, 0);
@@ -505,9 +574,11 @@ static void test_optimizer(void) {
     test_skip<float, float>(bf16, 1, NAN, true);
     test_skip<float, float>(bf16, 1, -INFINITY, true);
     test_skip<float, Half>(bf16, NAN, 1, true);
-    test_skip<float, float>(bf16, 1, 1, false, {2, 1e6, false}); // a mean of 2: at its limit, not above
-    test_skip<float, float>(bf16, 1, 1, true, {1.999, 1e6, false});
-    test_skip<float, float>(bf16, 1, 1, true, {2, 1, false});
+    test_skip<float, float>(bf16, 1, 1, false,
+                            {2, 1e6, false, false}); // a mean of 2: at its limit, not above
+    test_skip<float, float>(bf16, 1, 1, true, {1.999, 1e6, false, false});
+    test_skip<float, float>(bf16, 1, 1, true, {2, 1, false, false});
+    for (long long ranks : {1, 2}) test_skip<float, float>(bf16, 1, 1, true, no_guard, ranks);
     test_storage<float, float>(bf16), test_storage<float, Half>(bf16);
     test_drift<float, Half>(bf16);
     if (!bf16) return;

@@ -195,6 +195,36 @@ static void deviating_ranks_are_named(void** state) {
     }
 }
 
+// Who deviates first has made the fault; the others have it from there.
+static void the_first_to_deviate_is_named(void** state) {
+    (void)state;
+    const uint64_t S = REPLAY_SAME;
+    const struct {
+        uint64_t first[4];
+        const char* names;
+    } cases[] = {{{S, S, S, S}, ""},     {{S, S, 7, S}, "2"},     {{9, 8, S, 10}, "1"}, {{0, 5, 5, 5}, "0"},
+                 {{6, 5, S, 5}, "1, 3"}, {{S, S - 1, S, S}, "1"}, {{3, 3, 3, 3}, "0-3"}};
+    StepGuard limits = {6, 3, false, true};
+    Layout l = layout_single();
+    l.size = 4;
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        char text[512];
+        StepResult r = {.loss = NAN, .grad_norm = 1, .replay = cases[i].first}; // the fault is the cause
+        Alarm a = guard_judge(&limits, &l, &r);
+        assert_string_equal(a.what, cases[i].names[0] != '\0' ? "replay" : "loss");
+        assert_string_equal(a.ranks, cases[i].names);
+        guard_describe(&a, text);
+        assert_int_equal(strstr(text, "computed twice") != NULL, a.fault != NULL);
+    }
+    const uint64_t hashes[] = {1, 1, 1, 2}, first[] = {S, 4, S, S};
+    StepResult both = {.loss = 1, .grad_norm = 1, .hashes = hashes, .replay = first};
+    l.dp_size = 4;
+    Alarm a = guard_judge(&limits, &l, &both);
+    assert_string_equal(a.what, "weights"); // what skipping does not heal
+    assert_true(a.fault->stays && !replay_fault.stays);
+    assert_string_equal(a.ranks, "3");
+}
+
 static void rewinds_go_behind_the_bad_batch(void** state) {
     (void)state;
     assert_int_equal(guard_rows_after_rewind(80, 128, &run), 128);
@@ -215,6 +245,10 @@ static void checks_come_every_so_many_steps(void** state) {
         assert_int_equal(guard_orders(&s, &run).hash_weights, (s.step + 1) % 3 == 0 || (s.step + 1) % 4 == 0);
     run.guard.check_every = 0;
     for (s.step = 0; s.step < 12; s.step++) assert_false(guard_orders(&s, &run).hash_weights);
+    for (s.step = 0; s.step < 12; s.step++) assert_false(guard_orders(&s, &run).replay);
+    run.guard.replay_every = 5;
+    for (s.step = 0; s.step < 12; s.step++)
+        assert_int_equal(guard_orders(&s, &run).replay, s.step == 4 || s.step == 9);
 }
 
 int main(void) {
@@ -223,8 +257,8 @@ int main(void) {
         TEST(detectors_know_the_mean),         TEST(detectors_survive_what_is_not_finite),
         TEST(spikes_are_above_k_sigma),        TEST(spikes_do_not_blind),
         TEST(state_survives_a_checkpoint),     TEST(alarms_name_what_is_wrong),
-        TEST(deviating_ranks_are_named),       TEST(rewinds_go_behind_the_bad_batch),
-        TEST(checks_come_every_so_many_steps),
+        TEST(deviating_ranks_are_named),       TEST(the_first_to_deviate_is_named),
+        TEST(rewinds_go_behind_the_bad_batch), TEST(checks_come_every_so_many_steps),
     };
     return cmocka_run_group_tests_name("guard", tests, NULL, NULL);
 }
