@@ -2,9 +2,11 @@
 # Steps that are computed twice (guard.replay_every), on the emulated trainer in all kinds of layouts: a sound run finds
 # nothing and has the bits of one without it; of one flipped bit on one rank (dev/test/faulty.h), in either run of the step,
 # the rank is named, and no rank applies the step.
+#
+#   dev/test/e2e_replay.sh [LAYOUT ...]     all by default; what is done about a fault is tested with dp_pp
 set -u
 . "$(dirname "$0")/tap.sh"
-steps=6
+steps=6 chosen=" ${*:-one graph zero3 tp cp pp dp_pp bubble deterministic tp_cp interleaved tied} "
 . dev/test/faulty.sh
 check "the faulty trainer is built" test -x "$work/faulty_gpu"
 # Attention is called so often in a stage's step of 8 sequences: layers, times sequences of a rank.
@@ -16,6 +18,7 @@ p=parallel tp=$p.tensor_parallel_size=2 pp=$p.pipeline_parallel_size=2 cp=$p.con
 layout() {
     local layout=$1 ranks=$2 calls=$4 run=("${@:5}") rank bad fault name
     place=$layout
+    [ "${chosen/ $layout /}" != "$chosen" ] || return
     FAULT_TRACE=$work/rows.$place check "$layout: as it is" train "$layout" "$ranks" "${run[@]}"
     name=$layout.twice
     check "$layout: every step twice" train "$name" "$ranks" "${run[@]}" guard.replay_every=1
@@ -48,6 +51,7 @@ layout interleaved 4 "" 0 $tp $pp $p.pipeline_schedule=interleaved $p.virtual_pi
 layout tied 4 "" 0 $tp $pp model.tie_word_embeddings=true
 
 # What is done about it: rank 2 is the second stage of the first replica.
+[ "${chosen/ dp_pp /}" != "$chosen" ] || finish
 place=dp_pp run=(4 $pp $p.zero_stage=3 checkpoint.every=2) twice=(guard.replay_every=5)
 bad=$(rows 2 5)
 FAULT="$bad loss nan" check "another run leaves out step 5" train left_out "${run[@]}"
