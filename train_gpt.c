@@ -87,13 +87,15 @@ struct GPT {
     int logit_rows;
     Matmul matmul; // precision, oneDNN's primitives, and scratch of its own:
     real *matmul_scratch, *attention_scratch;
+    real* old_params;                 // before the update, where layers are measured; else NULL
     uint16_t* head_copy;              // (Vp, C) in bf16, while the head works through its rows
     int *inputs, *targets, *starts;   // (N) each: the micro-batch that split_rows made
     void* memory[NUM_MEMORY_CLASSES]; // the allocations behind all of these
     const int32_t* rows;              // (num_rows, T + 1) of the next step, from gpt_load_batch
     int num_rows, eot_id;
-    bool document_mask;
-    StepResult result; // of the last step
+    bool document_mask, measures;
+    LayerNorms* layer_norms; // (L + 2)
+    StepResult result;       // of the last step
 };
 
 // The logits of a whole micro-batch never exist at once: the head works on this many rows at a time.
@@ -178,6 +180,7 @@ static void lay_out_scratch(GPT* g, Arena* arena, bool training) {
     if (g->matmul.compute == MATMUL_BF16)
         g->head_copy = (uint16_t*)(void*)arena_take(arena, elements(sizeof(uint16_t) * Vp * C));
     if (!training) return;
+    if (g->measures) g->old_params = arena_take(arena, g->layout.num_parameters);
     g->dact = arena_take(arena, N * model_dim(c, DIM_FF));
     g->dnorm = arena_take(arena, N * C);
     g->dresidual = arena_take(arena, N * C);
@@ -204,7 +207,9 @@ static void gpt_configure(GPT* g, const RunConfig* run, int B, int T) {
     g->layout = parameter_layout(&run->model);
     g->B = B, g->T = T;
     g->matmul.compute = run->precision.compute == COMPUTE_BF16 ? MATMUL_BF16 : MATMUL_FP32;
+    g->measures = run->log.layers_every > 0;
     g->layers = calloc_check((size_t)run->model.num_hidden_layers, sizeof *g->layers);
+    g->layer_norms = calloc_check((size_t)run->model.num_hidden_layers + 2, sizeof *g->layer_norms);
 }
 
 // The exact size of each class in bytes, without allocating any of it.
@@ -216,7 +221,7 @@ static void gpt_plan(const RunConfig* run, int B, int T, bool training, size_t b
         lay_out(&g, i, &arena, training);
         bytes[i] = arena.used * sizeof(real);
     }
-    free(g.layers);
+    free(g.layers), free(g.layer_norms);
 }
 
 // ----------------------------------------------------------------------------
@@ -378,7 +383,7 @@ bool gpt_create(GPT* g, const RunConfig* run, int B, int T, bool training, Error
 void gpt_free(GPT* g) {
     if (g->layers != NULL) matmul_free(&g->matmul);
     for (int i = 0; i < NUM_MEMORY_CLASSES; i++) free(g->memory[i]);
-    free(g->layers);
+    free(g->layers), free(g->layer_norms);
     memset(g, 0, sizeof *g);
 }
 
@@ -477,6 +482,39 @@ static const int* split_rows(GPT* g, const int32_t* rows, int B, bool document_m
     return document_mask ? g->starts : NULL;
 }
 
+// In a step that is measured layer_norms holds sums of squares until finish_measuring: += of what each layer hands on
+// of a micro-batch.
+static void measure_activations(GPT* g, int B) {
+    int L = g->config.num_hidden_layers;
+    size_t n = (size_t)(B * g->T) * model_dim(&g->config, DIM_HIDDEN);
+    for (int i = 0; i < L + 2; i++)
+        g->layer_norms[i].of[LAYER_ACTIVATION_RMS] +=
+            global_norm_squared(i <= L ? residual_into(g, i) : g->lnf, n);
+}
+
+// = of gradients, weights or what weights have changed by, bucket by bucket.
+static void measure_buckets(GPT* g, enum LayerNorm which, const real* x) {
+    int L = g->config.num_hidden_layers;
+    for (int i = 0; i < L + 2; i++) {
+        Bucket bucket = parameter_bucket(&g->layout, L, i);
+        g->layer_norms[i].of[which] = global_norm_squared(x + bucket.begin, bucket.size);
+    }
+}
+
+// Behind the update. activations: numbers in the residual stream of the step.
+static const LayerNorms* finish_measuring(GPT* g, double activations) {
+    real* difference = g->old_params;
+    for (size_t i = 0; i < g->layout.num_parameters; i++) difference[i] = g->params[i] - difference[i];
+    measure_buckets(g, LAYER_UPDATE_NORM, difference);
+    measure_buckets(g, LAYER_WEIGHT_NORM, g->params);
+    for (int i = 0; i < g->config.num_hidden_layers + 2; i++)
+        for (int k = 0; k < NUM_LAYER_NORMS; k++) {
+            double* norm = &g->layer_norms[i].of[k];
+            *norm = sqrt(k == LAYER_ACTIVATION_RMS ? *norm / activations : *norm);
+        }
+    return g->layer_norms;
+}
+
 // The rows stay the caller's, and are read when the step is computed.
 void gpt_load_batch(GPT* g, const int32_t* rows, int num_rows, bool document_mask, int eot_id) {
     g->rows = rows, g->num_rows = num_rows;
@@ -487,10 +525,13 @@ void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_st
                     StepGuard guard) {
     int B = g->B;
     double num_targets = (double)g->num_rows * g->T, loss = 0; // training masks no target
+    bool measured = guard.measure_layers && g->old_params != NULL;
+    for (int i = 0; i < g->config.num_hidden_layers + 2; i++) g->layer_norms[i].of[LAYER_ACTIVATION_RMS] = 0;
     for (int row = 0; row < g->num_rows; row += B) {
         const int32_t* rows = g->rows + (size_t)row * (size_t)(g->T + 1);
         const int* doc_start = split_rows(g, rows, B, g->document_mask, g->eot_id);
         gpt_forward(g, g->inputs, doc_start, B);
+        if (measured) measure_activations(g, B);
         loss += gpt_loss(g, g->targets, B, (real)(1.0 / num_targets));
         gpt_backward(g, g->inputs, B);
     }
@@ -499,10 +540,15 @@ void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_st
     r.applied = guard_accepts(&guard, r.loss, r.grad_norm);
     double clip = run->optimizer.grad_clip;
     double grad_scale = clip > 0 && r.grad_norm > clip ? clip / r.grad_norm : 1.0;
+    if (measured) {
+        measure_buckets(g, LAYER_GRAD_NORM, g->grads);
+        memcpy(g->old_params, g->params, g->layout.num_parameters * sizeof(real));
+    }
     if (r.applied)
         gpt_update(g, run, lr, grad_scale, applied_steps + 1);
     else
         memset(g->grads, 0, g->layout.num_parameters * sizeof(real));
+    if (measured) r.layers = finish_measuring(g, num_targets * g->config.hidden_size);
     g->result = r;
 }
 

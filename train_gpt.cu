@@ -28,6 +28,7 @@
 #include "llmc/device.cuh"           // defines: Device, device_open
 #include "llmc/embedding.cuh"        // defines: embedding_forward, embedding_backward
 #include "llmc/global_norm.cuh"      // defines: global_norm_squared, add_sum
+#include "llmc/layer_norms.cuh"      // defines: LayerMeter, meter_begin, meter_update ...
 #include "llmc/matmul.cuh"           // defines: Matmul, matmul_forward, matmul_backward ...
 #include "llmc/norm.cuh"             // defines: norm_forward, residual_norm_forward, norm_backward
 #include "llmc/replay.cuh"           // defines: Replay, replay_begin, replay_pass, replay_point, replay_first
@@ -182,6 +183,7 @@ struct GPT {
     size_t staging_elements;
     unsigned long long* hashes; // (ranks) of what data-parallel ranks all have; NULL: nothing
     Replay replay;              // of a step that is computed twice
+    LayerMeter meter;
     void *attention_scratch, *matmul_workspace;
     float* bias_scratch;
     Matmul matmul;
@@ -361,6 +363,7 @@ static void lay_out_scratch(GPT* g, Arena* arena, bool training) {
         arena_take(&g->hashes, arena, (size_t)g->place.size);
     if (training && g->run->guard.replay_every > 0)
         arena_take(&g->replay.words, arena, g->replay.num_words + (size_t)g->place.size);
+    if (training && g->run->log.layers_every > 0) arena_take(&g->meter.sums, arena, g->meter.entries);
     arena_take(&workspace, arena, matmul_workspace_bytes());
     g->matmul_workspace = workspace;
     if (c->family->position == POSITION_ROPE) {
@@ -372,6 +375,7 @@ static void lay_out_scratch(GPT* g, Arena* arena, bool training) {
     g->staging_elements = 0;
     for (int i = 0; i < NUM_TENSORS; i++) g->staging_elements = larger(g->staging_elements, all.size[i]);
     if (g->staging_elements > STAGING_ELEMENTS) g->staging_elements = STAGING_ELEMENTS;
+    if (g->staging_elements < SLICE_ALIGN) g->staging_elements = SLICE_ALIGN;
     arena_take(&g->staging, arena, g->staging_elements);
     arena_take(&g->hidden, arena, NS * C);
     g->dnorm = g->hidden;
@@ -472,6 +476,7 @@ static void gpt_configure(GPT* g, const RunConfig* run, int B, int T, bool train
     g->grad_windows = g->zero >= ZERO_GRADIENTS || g->deterministic;
     g->fused_gelu = run->precision.fused_gelu && run->model.family->activation == ACTIVATION_GELU_TANH;
     g->use_graph = run->parallel.cuda_graph;
+    g->meter.entries = (size_t)run->model.num_hidden_layers + 2;
     bool weights_are_master = sizeof(floatX) == sizeof(float) || run->precision.master_weights == STORE_BF16;
     g->split_master = !weights_are_master;
     g->gradients_bf16 = run->precision.gradients == STORE_BF16;
@@ -744,6 +749,12 @@ static Norm norm_before(GPT* g, const Pass* pass, int l) {
     return norm;
 }
 
+// What the layer of bucket b hands on.
+static void measure(GPT* g, int b, const floatX* x, int rows) {
+    size_t n = (size_t)rows * model_dim(&g->config, DIM_HIDDEN);
+    meter_activations(metered(&g->meter, &g->tables[b]), x, n, g->stream);
+}
+
 static void mlp_forward(GPT* g, LayerActivations* a, Parameters<floatX> p, int N) {
     int C = g->config.hidden_size, FF = g->config.intermediate_size;
     int FC = (int)model_dim(&g->config, DIM_FC);
@@ -798,6 +809,7 @@ static void block_forward(GPT* g, const Pass* pass, int l, int B) {
                               next.weight, next.bias, NS, C, (float)c->norm_eps, c->family->norm, g->stream);
     else
         residual_forward(a->residual3, a->residual2, g->hidden, (size_t)NS * (size_t)C, g->stream);
+    measure(g, 1 + l, a->residual3, NS);
     nvtxRangePop();
 }
 
@@ -816,12 +828,14 @@ static void chunk_forward(GPT* g, const Pass* pass, int B) {
             embedding_forward(out, batch_array(g, slot, BATCH_INPUTS), p.wte, p.wpe, g->positions, B, T, C,
                               g->stream);
         });
+        measure(g, 0, pass->input->residual, NS);
     }
     use_weights(g, 1 + pass->first, 2 + pass->first);
     Norm first = norm_before(g, pass, pass->first);
     norm_forward(first.out, first.mean, first.rstd, pass->input->residual, first.weight, first.bias, NS, C,
                  (float)c->norm_eps, c->family->norm, g->stream);
     for (int l = pass->first; l < pass->end; l++) block_forward(g, pass, l, B);
+    if (pass->head) measure(g, num_buckets(g) - 1, slot->lnf, NS);
 }
 
 // Cross-entropy of every row into g->losses (a negative target is masked: loss 0). With dhead also the
@@ -1249,6 +1263,8 @@ static void update_launch(GPT* g, const RunConfig* run, double num_targets, Step
         size_t share = bucket_at(g, b).size / (size_t)l->dp_size, first = share * (size_t)l->dp;
         const Grad* grads = slice_gradients<Grad>(g, b) + (g->zero == ZERO_NONE ? first : 0);
         global_norm_squared(&g->control->sums.norm_squared, grads, share, first, &g->tables[b], g->stream);
+        if (LayerSums* layer = metered(&g->meter, &g->tables[b]))
+            global_norm_squared(&layer->of[LAYER_GRAD_NORM], grads, share, first, &g->tables[b], g->stream);
     }
     comm_all_reduce(&g->comm, AXIS_WORLD, (long long*)&g->control->sums, STEP_SUMS, g->stream);
     update_control(g->control, num_targets, guard, run->optimizer.grad_clip, run->optimizer.beta1,
@@ -1256,7 +1272,10 @@ static void update_launch(GPT* g, const RunConfig* run, double num_targets, Step
     CUDA_CHECK(cudaStreamWaitEvent(g->stream, g->snapshot_done, 0)); // weights may still be being copied
     for (int b = 0; b < num_buckets(g); b++) {
         Slice s = state_slice(g, b);
-        adamw_update(slice_weights(g, b), g->remainder != NULL ? g->remainder + s.at : NULL,
+        size_t share = bucket_at(g, b).size / (size_t)l->dp_size, begin = share * (size_t)l->dp - s.first;
+        Counted counted = {begin, begin + share};
+        meter_update(metered(&g->meter, &g->tables[b]), counted, g->staging, g->staging_elements,
+                     slice_weights(g, b), g->remainder != NULL ? g->remainder + s.at : NULL,
                      slice_gradients<Grad>(g, b), (Moment*)g->m + s.at, (Moment*)g->v + s.at, s.size, s.first,
                      &g->tables[b], run, g->control, g->stream);
         if (!g->grad_windows && s.size != bucket_at(g, b).size)
@@ -1264,6 +1283,7 @@ static void update_launch(GPT* g, const RunConfig* run, double num_targets, Step
                                        g->stream));
         gather_weights(g, b);
     }
+    meter_collect(&g->meter, &g->comm, g->stream);
     comm_end_compute(&g->comm, record, g->stream);
 }
 
@@ -1284,19 +1304,22 @@ static void update(GPT* g, const RunConfig* run, double num_targets, StepGuard g
 void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_steps, int requests,
                     StepGuard guard) {
     size_t micro_batch = NUM_BATCH_ARRAYS * rows_of(g);
+    double num_targets = (double)g->step_micro_batches * (double)rows_of(g) * g->place.dp_size;
     nvtxRangePushA("step");
     CUDA_CHECK(cudaEventRecord(g->step_begun, g->stream));
     g->hashed = guard.hash_weights && g->hashes != NULL;
     g->replayed = guard.replay && g->replay.words != NULL;
-    bool graph = g->use_graph && !g->replayed; // both runs launch the same kernels
+    // which does not measure; and both runs of a step that is computed twice launch the same kernels
+    bool through_graph = g->use_graph && !guard.measure_layers && !g->replayed;
     if (g->replayed) run_passes_first(g);
     step_control_begin(g->control, lr, applied_steps, requests, g->stream);
-    for (int i = 0; graph && i < g->step_micro_batches; i++) {
+    meter_begin(&g->meter, guard.measure_layers, num_targets * g->config.hidden_size, g->stream);
+    for (int i = 0; through_graph && i < g->step_micro_batches; i++) {
         upload_batch(g, &g->slots[0], g->step_batch[g->step_slot] + (size_t)i * micro_batch);
         micro_step_through_graph(g);
     }
-    if (!graph) run_passes(g);
-    update(g, run, (double)g->step_micro_batches * (double)rows_of(g) * g->place.dp_size, guard);
+    if (!through_graph) run_passes(g);
+    update(g, run, num_targets, guard);
     CUDA_CHECK(
         cudaMemcpyAsync(g->host_control, g->control, sizeof *g->control, cudaMemcpyDeviceToHost, g->stream));
     CUDA_CHECK(cudaEventRecord(g->step_done, g->stream));
@@ -1315,6 +1338,7 @@ StepResult gpt_finish_step(GPT* g) {
     r.requests = requests_of_sum(g->host_control->sums.requests);
     r.hashes = g->hashed ? g->host_words : NULL;
     r.replay = g->replayed ? g->host_words + g->place.size : NULL;
+    r.layers = meter_result(&g->meter);
     return r;
 }
 
@@ -1372,13 +1396,17 @@ static bool create_host_buffers(GPT* g, int rows_per_step, Error* err) {
     g->order_counts = (int*)malloc_check(((size_t)g->config.vocab_size + 2) * sizeof(int));
     g->starts = (int*)malloc_check((size_t)(g->T * g->place.cp_size) * sizeof(int));
     g->row_losses = (float*)malloc_check(losses);
+    g->meter.norms = (LayerNorms*)malloc_check(g->meter.entries * sizeof *g->meter.norms);
     return allocate_pinned((void**)&g->step_batch[0], step, "batches", err) &&
            allocate_pinned((void**)&g->step_batch[1], step, "batches", err) &&
            allocate_pinned((void**)&g->eval_batch, micro_batch, "batches", err) &&
            allocate_pinned((void**)&g->host_losses, losses, "losses", err) &&
            allocate_pinned((void**)&g->host_control, sizeof *g->host_control, "step's report", err) &&
            allocate_pinned((void**)&g->host_words, 2 * (size_t)g->place.size * sizeof *g->host_words,
-                           "step's report", err);
+                           "step's report", err) &&
+           (g->meter.sums == NULL ||
+            allocate_pinned((void**)&g->meter.host, g->meter.entries * sizeof *g->meter.host, "step's report",
+                            err));
 }
 
 static void upload_rope_table(GPT* g) {
@@ -1509,14 +1537,14 @@ void gpt_free(GPT* g) {
         matmul_free(&g->matmul);
         if (g->micro_step_graph != NULL) CUDA_CHECK(cudaGraphExecDestroy(g->micro_step_graph));
         for (int i = 0; i < NUM_MEMORY_CLASSES; i++) CUDA_CHECK(cudaFree(g->memory[i]));
-        void* pinned[] = {g->step_batch[0], g->step_batch[1], g->eval_batch, g->host_losses, g->host_control,
-                          g->host_words,    g->host.params,   g->host.m,     g->host.v};
+        void* pinned[] = {g->step_batch[0], g->step_batch[1], g->eval_batch,  g->host_losses, g->host_control,
+                          g->host_words,    g->meter.host,    g->host.params, g->host.m,      g->host.v};
         for (size_t i = 0; i < sizeof pinned / sizeof pinned[0]; i++)
             if (pinned[i] != NULL) CUDA_CHECK(cudaFreeHost(pinned[i]));
         for_events(g, false);
         for_streams(g, false);
     }
-    free(g->order_counts), free(g->starts), free(g->row_losses);
+    free(g->order_counts), free(g->starts), free(g->row_losses), free(g->meter.norms);
     gpt_release(g);
     memset(g, 0, sizeof *g);
 }
@@ -1543,13 +1571,6 @@ HostState gpt_host_state(GPT* g) {
 }
 
 enum StateArray { STATE_WEIGHTS, STATE_M, STATE_V, NUM_STATE_ARRAYS };
-
-static __global__ void join_kernel(float* out, const floatX* weights, const int16_t* remainder, size_t n) {
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= n) return;
-    float x = to_float(weights[i]);
-    out[i] = remainder != NULL ? join_float((uint16_t)(bits_of_float(x) >> 16), remainder[i]) : x;
-}
 
 static __global__ void split_kernel(floatX* weights, int16_t* remainder, const float* in, size_t n) {
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
@@ -1578,7 +1599,7 @@ static void stage(GPT* g, enum StateArray array, int b, size_t at, size_t n, boo
     int16_t* remainder = g->remainder != NULL ? g->remainder + s.at + at : NULL;
     char* moment = (char*)(array == STATE_M ? g->m : g->v) + (s.at + at) * moment_bytes(g);
     if (array == STATE_WEIGHTS && out)
-        join_kernel<<<blocks, 256, 0, stream>>>(staging, weights, remainder, n);
+        join_weights(staging, weights, remainder, n, false, stream);
     else if (array == STATE_WEIGHTS)
         split_kernel<<<blocks, 256, 0, stream>>>(weights, remainder, staging, n);
     else if (g->moments_bf16 && out)

@@ -115,6 +115,22 @@ static __device__ inline void load_master(float out[ADAMW_ELEMENTS], const float
         out[k] = join_float((uint16_t)(bits_of_float(out[k]) >> 16), low.at[k]);
 }
 
+// out = those of n weights; difference: what they are less what out was
+static __global__ void join_kernel(float* out, const floatX* weights, const int16_t* remainder, size_t n,
+                                   bool difference) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    float x = to_float(weights[i]);
+    if (remainder != NULL) x = join_float((uint16_t)(bits_of_float(x) >> 16), remainder[i]);
+    out[i] = difference ? x - out[i] : x;
+}
+static inline void join_weights(float* out, const floatX* weights, const int16_t* remainder, size_t n,
+                                bool difference, cudaStream_t stream) {
+    join_kernel<<<(unsigned)ceil_div(n, ADAMW_THREADS), ADAMW_THREADS, 0, stream>>>(out, weights, remainder,
+                                                                                    n, difference);
+    LAUNCH_CHECK();
+}
+
 static __device__ inline void store_master(floatX* weights, int16_t* remainder, const float x[ADAMW_ELEMENTS],
                                            const RandomEight* random) {
     if (remainder == NULL) {

@@ -73,7 +73,7 @@ typedef struct {
     } guard;
     struct {
         char run_dir[CONFIG_TEXT];
-        int every;
+        int every, layers_every;
         bool tensorboard;
     } log;
     struct {
@@ -237,6 +237,8 @@ static const Knob knobs[] = {
         "directory of the run: `log.jsonl`, `run_config.json`, `checkpoints/`"},
     {"log", "every", KNOB_INT, AT(log.every), "1", 1, STEPS_MAX, NULL,
         "steps between lines of the log"},
+    {"log", "layers_every", KNOB_INT, AT(log.layers_every), "0", 0, STEPS_MAX, NULL,
+        "steps between lines with each layer's gradient, weight and update norms and size of activations; 0: none"},
     {"log", "tensorboard", KNOB_BOOL, AT(log.tensorboard), "false", 0, 0, NULL,
         "also write what TensorBoard reads, to `tensorboard/` in `run_dir`"},
     {"eval", "every", KNOB_INT, AT(eval.every), "0", 0, STEPS_MAX, NULL,

@@ -32,6 +32,7 @@ typedef struct {
     size_t begin[NUM_TENSORS], end[NUM_TENSORS];     // in elements from the bucket's begin; empty: not in it
     size_t skip[NUM_TENSORS], skip_end[NUM_TENSORS]; // what another rank counts in the norm
     bool decay[NUM_TENSORS];
+    int number;     // of the bucket in the whole model
     uint64_t index; // of the bucket's first element in the whole model without padding: what it is rounded by
 } BucketTable;
 
@@ -47,6 +48,7 @@ static inline BucketTable bucket_table(const ModelConfig* whole, const Layout* l
     ParameterLayout mine = parameter_layout_of(&all, has_embedding(l), has_head(l), 1);
     ParameterLayout p = parameter_layout_of(&all, true, true, 1);
     memset(&table, 0, sizeof table);
+    table.number = b;
     table.index = parameter_bucket(&p, L, b).begin;
     for (int i = 0; i < NUM_TENSORS; i++) {
         TensorPart parts[3];

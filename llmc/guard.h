@@ -42,7 +42,7 @@ static inline double guard_limit(const Detector* d, const RunConfig* run) {
 
 // What the next step must stay below, from those before it: no limit until a window is full.
 static inline StepGuard guard_limits(const TrainState* s, const RunConfig* run) {
-    StepGuard limits = {guard_limit(&s->loss, run), guard_limit(&s->grad_norm, run), false, false};
+    StepGuard limits = {guard_limit(&s->loss, run), guard_limit(&s->grad_norm, run), false, false, false};
     return limits;
 }
 
@@ -64,6 +64,8 @@ static inline StepGuard guard_orders(const TrainState* s, const RunConfig* run) 
     if (run->guard.policy == GUARD_WARN) orders.max_loss = orders.max_grad_norm = INFINITY;
     orders.hash_weights = guard_check_due(s->step + 1, run);
     orders.replay = guard_replay_due(s->step + 1, run);
+    int every = run->log.layers_every;
+    orders.measure_layers = every > 0 && (s->step + 1) % (uint64_t)every == 0;
     return orders;
 }
 

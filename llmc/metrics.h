@@ -72,6 +72,16 @@ static inline void event_number(String* line, const char* key, double value) {
         string_append(line, ",\"%s\":null", key); // JSON has no NaN
 }
 
+// An array of numbers, `stride` doubles from one to the next.
+static inline void event_array(String* line, const char* key, const double* values, int count, int stride) {
+    string_append(line, ",\"%s\":[", key);
+    for (int i = 0; i < count; i++) {
+        const double value = values[i * stride];
+        string_append(line, isfinite(value) ? "%s%.9g" : "%snull", i > 0 ? "," : "", value);
+    }
+    string_append(line, "]");
+}
+
 static inline void event_text(String* line, const char* key, const char* text) {
     string_append(line, ",\"%s\":", key);
     json_append_string(line, text);
@@ -97,14 +107,24 @@ static inline void event_bytes(String* line, const char* key, const char* bytes,
 
 typedef void (*UseNumber)(String* out, const char* key, double value);
 
-// Calls `use` for every number of an event; what is null is a number that is not finite.
+static inline void use_number(const cJSON* item, const char* key, UseNumber use, String* out) {
+    if (cJSON_IsNumber(item) || cJSON_IsNull(item))
+        use(out, key, cJSON_IsNull(item) ? NAN : item->valuedouble);
+}
+
+// Calls `use` for every number of an event, for those of an array as KEY/0, KEY/1 ...; what is null is a number that is
+// not finite.
 static inline void event_numbers(const cJSON* event, const char* prefix, UseNumber use, String* out) {
     char key[128];
-    const cJSON* item;
+    const cJSON *item, *element;
     cJSON_ArrayForEach(item, event) {
+        int index = 0;
         snprintf(key, sizeof key, "%s%s", prefix, item->string);
-        if (cJSON_IsNumber(item) || cJSON_IsNull(item))
-            use(out, key, cJSON_IsNull(item) ? NAN : item->valuedouble);
+        use_number(item, key, use, out);
+        cJSON_ArrayForEach(element, item) {
+            snprintf(key, sizeof key, "%s%s/%d", prefix, item->string, index++);
+            use_number(element, key, use, out);
+        }
     }
 }
 
@@ -153,11 +173,11 @@ static inline void metrics_tensorboard(Metrics* m, cJSON* event, const char* kin
     free(record.data), free(summary.data);
 }
 
-// One line, to where it belongs: steps and evaluations have numbers only, which go to the other places, too; after a
-// rewind TensorBoard forgets what was behind it.
+// One line, to where it belongs: steps, evaluations and measured layers have numbers only, which go to the other places,
+// too; after a rewind TensorBoard forgets what was behind it.
 static inline void metrics_line(void* metrics, const char* line, size_t size) {
-    enum { STEP, EVAL, REWIND, NUM_KINDS };
-    static const char* const kinds[NUM_KINDS] = {"step", "eval", "rewind"};
+    enum { STEP, EVAL, LAYERS, REWIND, NUM_KINDS };
+    static const char* const kinds[NUM_KINDS] = {"step", "eval", "layers", "rewind"};
     Metrics* m = (Metrics*)metrics;
     metrics_write(m, line, size);
     const char* kind = line + 10; // {"event":"

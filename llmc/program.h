@@ -1,11 +1,12 @@
 // What the run (trainer.h, train_loop.h, commands.h) asks of the program it is part of: a model that trains,
 // evaluates and generates. train_gpt.c and train_gpt.cu each define these functions for their own GPT.
 #pragma once
-#include "llmc/config.h"     // defines: RunConfig
-#include "llmc/flight.h"     // defines: FLIGHT_RECORDS
-#include "llmc/planner.h"    // defines: MemoryLine
-#include "llmc/rand.h"       // defines: HOST_DEVICE
-#include "llmc/rendezvous.h" // defines: Control
+#include "llmc/config.h"      // defines: RunConfig
+#include "llmc/flight.h"      // defines: FLIGHT_RECORDS
+#include "llmc/layer_norms.h" // defines: LayerNorms
+#include "llmc/planner.h"     // defines: MemoryLine
+#include "llmc/rand.h"        // defines: HOST_DEVICE
+#include "llmc/rendezvous.h"  // defines: Control
 
 typedef struct GPT GPT;
 typedef struct Decoder Decoder;
@@ -31,6 +32,7 @@ typedef struct {
     const uint64_t*
         replay; // of each rank the first of what it computed twice that was not the same, in an order
                 // in which causes come first, or REPLAY_SAME; until the next step; NULL: once only
+    const LayerNorms* layers; // (L + 2), until the next step's result; NULL: not measured
 } StepResult;
 
 // What guards a step, decided before it, the same in all processes (guard.h).
@@ -38,9 +40,11 @@ typedef struct {
     double max_loss, max_grad_norm; // it is applied if both are finite and not above these
     bool hash_weights;              // where there are replicas to compare
     bool replay;                    // it is computed twice, and not applied if the two differ (replay.cuh)
+    bool measure_layers;            // where there is memory for it
 } StepGuard;
 static const uint64_t REPLAY_SAME = UINT64_MAX;
-static const StepGuard no_guard = {INFINITY, INFINITY, false, false}; // only what is not finite is rejected
+static const StepGuard no_guard = {INFINITY, INFINITY, false, false,
+                                   false}; // only what is not finite is rejected
 
 // A test on isfinite() beside the comparison, since an infinity is not above a limit that is none; and not on
 // `value > limit`, since every comparison with a NaN is false.

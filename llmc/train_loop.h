@@ -45,6 +45,12 @@ static inline void report_step(Trainer* t, const StepResult* r) {
     }
     event_times(&line, &t->telemetry);
     event_end(&t->metrics, &line);
+    if (r->layers == NULL) return;
+    line = event_begin("layers", t->state.step);
+    for (int k = 0; k < NUM_LAYER_NORMS; k++)
+        event_array(&line, layer_norm_keys[k], &r->layers->of[k], run->model.num_hidden_layers + 2,
+                    NUM_LAYER_NORMS);
+    event_end(&t->metrics, &line);
 }
 
 static inline bool report_evaluation(Trainer* t, Error* err) {
@@ -190,7 +196,7 @@ static inline Due due_after_step(const Trainer* t, const StepResult* r) {
     uint64_t step = t->state.step;
     bool last = step == (uint64_t)run->schedule.max_steps;
     Due due;
-    due.report = is_due(run->log.every, step, last) || t->alarm.what != NULL;
+    due.report = is_due(run->log.every, step, last) || t->alarm.what != NULL || r->layers != NULL;
     due.save = is_due(run->checkpoint.every, step, last) || (r->requests & REQUEST_SAVE) != 0;
     due.evaluate = t->validation.rows > 0 && is_due(run->eval.every, step, last);
     due.sample = run->sample.every > 0 && is_due(run->sample.every, step, last);

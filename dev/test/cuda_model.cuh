@@ -476,7 +476,9 @@ static Outcome two_steps(const RunConfig& run, const Array& weights, int logit_r
         std::vector<int32_t> rows =
             random_rows(run.batch.global_batch_size, MODEL_T, run.model.vocab_size, 50 + (uint64_t)step);
         gpt_load_batch(g, rows.data(), run.batch.global_batch_size, true, 0);
-        gpt_start_step(g, &run, 1e-3, (uint64_t)step, 0, no_guard);
+        StepGuard guard = no_guard;
+        guard.measure_layers = run.log.layers_every > 0;
+        gpt_start_step(g, &run, 1e-3, (uint64_t)step, 0, guard);
         o.loss = gpt_finish_step(g).loss;
     }
     gpt_snapshot(g);
@@ -507,13 +509,150 @@ static void test_model_bits(const ModelCase& m) {
     run.batch.recompute = RECOMPUTE_NONE;
     run.parallel.cuda_graph = true;
     tap_check(same(plain, two_steps(run, weights, 0)), "%s: a CUDA graph is equal to the bit", m.name);
-    run.parallel.cuda_graph = false;
+    run.log.layers_every = 1;
+    tap_check(same(plain, two_steps(run, weights, 0)), "%s: measured layers beside a graph change nothing",
+              m.name);
+    run.parallel.cuda_graph = false, run.log.layers_every = 0;
     if (c.family->activation != ACTIVATION_GELU_TANH) return;
     run.precision.fused_gelu = true;
     Outcome fused = two_steps(run, weights, 0);
     run.batch.recompute = RECOMPUTE_BLOCK;
     tap_check(same(fused, two_steps(run, weights, 0)),
               "%s: recompute block is equal to the bit to none with the fused GELU", m.name);
+}
+
+// ----------------------------------------------------------------------------
+// the norms of layers
+
+static double sum_of_squares(const double* x, size_t n) {
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) sum += x[i] * x[i];
+    return sum;
+}
+
+static Array host_weights(GPT* g) {
+    gpt_snapshot(g);
+    gpt_snapshot_wait(g);
+    return Array(g->host.params, g->host.params + g->layout.num_parameters);
+}
+
+// What LayerNorms should be for a step, from the arrays that the model has.
+struct DirectNorms {
+    Array squares, before; // (L + 2, NUM_LAYER_NORMS); weights
+};
+
+// Before the step: gradients and activations of two micro-batches, the same as in the step to the bit.
+static DirectNorms direct_norms(GPT* g, const std::vector<int32_t>& rows) {
+    int L = g->config.num_hidden_layers, N = g->B * g->T;
+    size_t n = (size_t)(N * g->config.hidden_size), entries = (size_t)L + 2;
+    DirectNorms d = {Array(entries * NUM_LAYER_NORMS), host_weights(g)};
+    gpt_load_batch(g, rows.data(), 2 * g->B, false, -1);
+    for (int i = 0; i < 2; i++) {
+        const Slot* slot = &g->slots[0];
+        upload_batch(g, slot, g->step_batch[g->step_slot] + i * NUM_BATCH_ARRAYS * N);
+        micro_step(g, i == 1);
+        CUDA_CHECK(cudaStreamSynchronize(g->stream));
+        for (size_t e = 0; e < entries; e++) {
+            const floatX* x = e == 0             ? g->inputs[0].residual
+                              : e == entries - 1 ? slot->lnf
+                                                 : slot->layers[e - 1].residual3;
+            d.squares[e * NUM_LAYER_NORMS + LAYER_ACTIVATION_RMS] +=
+                sum_of_squares(to_host(x, n), n) / (2 * (double)n);
+        }
+    }
+    Array grads = gradients_of(g);
+    CUDA_CHECK(cudaMemsetAsync(g->grads, 0, grads.size() * gradient_bytes(g), g->stream));
+    for (size_t e = 0; e < entries; e++) {
+        Bucket b = parameter_bucket(&g->layout, L, (int)e);
+        d.squares[e * NUM_LAYER_NORMS + LAYER_GRAD_NORM] = sum_of_squares(&grads[b.begin], b.size);
+    }
+    return d;
+}
+
+// Behind it.
+static void add_weights(DirectNorms& d, GPT* g) {
+    Array after = host_weights(g), difference(after.size());
+    for (size_t i = 0; i < after.size(); i++) difference[i] = (float)after[i] - (float)d.before[i];
+    for (int e = 0; e < g->config.num_hidden_layers + 2; e++) {
+        Bucket b = parameter_bucket(&g->layout, g->config.num_hidden_layers, e);
+        d.squares[(size_t)(e * NUM_LAYER_NORMS + LAYER_WEIGHT_NORM)] =
+            sum_of_squares(&after[b.begin], b.size);
+        d.squares[(size_t)(e * NUM_LAYER_NORMS + LAYER_UPDATE_NORM)] =
+            sum_of_squares(&difference[b.begin], b.size);
+    }
+}
+
+// The larger of two deviations; of one that is no number there is none larger.
+static double worse(double a, double b) { return a > b || isnan(a) ? a : b; }
+
+// The largest relative deviation of a step's numbers from those that are wanted, or their squares.
+static double deviation(const StepResult& r, const Array& wanted, bool squares) {
+    double worst = 0;
+    for (size_t i = 0; i < wanted.size(); i++) {
+        double x = r.layers[i / NUM_LAYER_NORMS].of[i % NUM_LAYER_NORMS], y = wanted[i];
+        worst = worse(worst, fabs((squares ? x * x : x) - y) / fmax(y, 1e-300));
+    }
+    return worst;
+}
+
+// Four steps of two micro-batches, of which the first is not measured (and makes the graph) and the last is skipped, with
+// evaluations between them. reference: also against the CPU program's numbers.
+static void test_layer_norms(const ModelCase& m, RunConfig run, const char* variant, bool reference) {
+    enum { G = 2 * MODEL_B };
+    const double lr = 1e-3;
+    Array weights = random_weights(run.model, 12), truth((size_t)(run.model.num_hidden_layers + 2) * 4);
+    run.log.layers_every = 1;
+    Reference* cpu_model = reference_create(&run);
+    reference_set_weights(cpu_model, weights.data());
+    GPT* g = device_model(run, weights);
+    double direct = 0, total = 0, from_reference = 0, norm;
+    StepGuard guard = no_guard;
+    StepResult r;
+    for (int step = 0; step < 4; step++) {
+        std::vector<int32_t> rows = random_rows(G, MODEL_T, run.model.vocab_size, 80 + (uint64_t)step);
+        DirectNorms d = direct_norms(g, rows);
+        guard.measure_layers = step > 0;
+        if (step == 3) guard.max_loss = 0;
+        gpt_load_batch(g, rows.data(), G, false, -1);
+        gpt_start_step(g, &run, lr, (uint64_t)step, 0, guard);
+        r = gpt_finish_step(g);
+        if (step == 0) {
+            tap_check(r.layers == NULL, "%s, %s: a step that is not measured", m.name, variant);
+            reference_step(cpu_model, &run, rows.data(), lr, 0, &norm);
+            continue;
+        }
+        add_weights(d, g);
+        direct = worse(direct, deviation(r, d.squares, true));
+        double sum = 0;
+        for (int e = 0; e < run.model.num_hidden_layers + 2; e++)
+            sum += r.layers[e].of[LAYER_GRAD_NORM] * r.layers[e].of[LAYER_GRAD_NORM];
+        total = worse(total, fabs(sum / (r.grad_norm * r.grad_norm) - 1));
+        if (step == 3) break;
+        reference_layer_norms(cpu_model, &run, rows.data(), lr, (uint64_t)step, truth.data());
+        from_reference = worse(from_reference, deviation(r, truth, false));
+        gpt_losses(g, rows.data(), MODEL_B, false, -1);
+    }
+    tap_check(direct < 1e-11, "%s, %s: norms of layers are those of the arrays (%.1e)", m.name, variant,
+              direct);
+    tap_check(total < 1e-13, "%s, %s: gradients' add up to the norm of all (%.1e)", m.name, variant, total);
+    if (reference)
+        tap_check(from_reference < (FP32_BUILD ? 2e-5 : 0.005),
+                  "%s, %s: norms of layers are the CPU's (%.1e)", m.name, variant, from_reference);
+    tap_check(!r.applied && r.layers[1].of[LAYER_UPDATE_NORM] == 0, "%s, %s: a step that is skipped", m.name,
+              variant);
+    reference_free(cpu_model);
+    device_free(g);
+    release_all();
+}
+
+static void test_model_layer_norms(const ModelCase& m) {
+    RunConfig run = run_of(config_of(m), MODEL_B, MODEL_T, 2 * MODEL_B);
+    test_layer_norms(m, run, "as it is", true);
+    run.parallel.cuda_graph = true;
+    run.batch.recompute = RECOMPUTE_BLOCK;
+    run.precision.moments = STORE_BF16;
+    if (!FP32_BUILD) run.precision.master_weights = run.precision.gradients = STORE_BF16;
+    test_layer_norms(m, run, "all in bf16, recomputed, through a graph", false);
 }
 
 // The rows of the next step may come while a step runs.
@@ -580,6 +719,7 @@ static void test_model(void) {
             test_model_gradients(model_cases[i], i == 0, 24);
             test_model_steps(model_cases[i]);
             test_model_bits(model_cases[i]);
+            test_model_layer_norms(model_cases[i]);
         }
         if (i == 0) test_model_next_rows(model_cases[i]), test_model_host_copy(model_cases[i]);
     }

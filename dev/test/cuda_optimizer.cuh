@@ -575,9 +575,9 @@ static void test_optimizer(void) {
     test_skip<float, float>(bf16, 1, -INFINITY, true);
     test_skip<float, Half>(bf16, NAN, 1, true);
     test_skip<float, float>(bf16, 1, 1, false,
-                            {2, 1e6, false, false}); // a mean of 2: at its limit, not above
-    test_skip<float, float>(bf16, 1, 1, true, {1.999, 1e6, false, false});
-    test_skip<float, float>(bf16, 1, 1, true, {2, 1, false, false});
+                            {2, 1e6, false, false, false}); // a mean of 2: at its limit, not above
+    test_skip<float, float>(bf16, 1, 1, true, {1.999, 1e6, false, false, false});
+    test_skip<float, float>(bf16, 1, 1, true, {2, 1, false, false, false});
     for (long long ranks : {1, 2}) test_skip<float, float>(bf16, 1, 1, true, no_guard, ranks);
     test_storage<float, float>(bf16), test_storage<float, Half>(bf16);
     test_drift<float, Half>(bf16);

@@ -23,7 +23,9 @@ train() {
 step() { printf '%s/%s/checkpoints/step_%08d' "$work" "$1" "$2"; }
 same() { ./train_gpt_cpu checkpoint diff "$(step "$1" "${3:-4}")" "$(step "$2" "${3:-4}")" | grep -qE '^[0-9]+ tensors are the same to the bit$|, 0 are not$'; }
 
-det=(parallel.deterministic=true)
+tp=parallel.tensor_parallel_size dp=parallel.data_parallel_size pp=parallel.pipeline_parallel_size
+cp=parallel.context_parallel_size
+det=(parallel.deterministic=true log.layers_every=2)
 for ranks in 1 2 4 8; do check "deterministic, dp $ranks" train det$ranks $ranks "${det[@]}"; done
 for ranks in 2 4 8; do check "deterministic: dp $ranks has the weights of dp 1" same det1 det$ranks; done
 check "deterministic, ZeRO 3" train det4z3 4 "${det[@]}" parallel.zero_stage=3
@@ -31,7 +33,7 @@ check "deterministic: ZeRO 3 has them, too" same det1 det4z3
 check "deterministic, dp 2 x pp 2" train det2pp2 4 "${det[@]}" parallel.pipeline_parallel_size=2
 check "deterministic: and so has a pipeline" same det1 det2pp2
 for zero in 0 1 2 3; do
-    check "ZeRO $zero" train zero$zero 4 parallel.zero_stage=$zero batch.global_batch_size=4
+    check "ZeRO $zero" train zero$zero 4 parallel.zero_stage=$zero batch.global_batch_size=4 log.layers_every=2
     [ $zero -eq 0 ] || check "ZeRO $zero: the bits of ZeRO 0" same zero0 zero$zero
 done
 for zero in 0 1 2 3; do check "ZeRO $zero, two micro-batches a rank" train twice$zero 4 parallel.zero_stage=$zero; done
@@ -43,6 +45,49 @@ for seed in 1 2; do
         parallel.zero_stage=3
     check "shuffled streams: the same bits" same zero3 seed$seed
 done
+
+# ----------------------------------------------------------------------------
+# the norms of layers
+
+layers() { grep '"event":"layers"' "$work/$1/log.jsonl" | sed 's/"time":[^,]*,//'; }
+same_layers() { [ "$(layers "$1" | wc -l)" -eq 2 ] && diff <(layers "$1") <(layers "$2"); }
+for name in det2 det4 det8 det4z3 det2pp2; do check "$name: the norms of layers are those of one process" same_layers det1 $name; done
+for zero in 1 2 3; do check "ZeRO $zero: the norms of layers are those of ZeRO 0" same_layers zero0 zero$zero; done
+check "one process, layers are not measured" train plain1 1
+check "to measure them changes nothing" same det1 plain1
+for schedule in zero_bubble interleaved; do
+    check "norms of layers, $schedule" train layers_$schedule 2 log.layers_every=2 $pp=2 parallel.pipeline_schedule=$schedule \
+        parallel.virtual_pipeline_size=$([ $schedule = interleaved ] && echo 2 || echo 1)
+    check "$schedule: they are those of one process" same_layers det1 layers_$schedule
+done
+# In layouts that add up in another order: near those of one process. In all: gradients add up to the norm of all.
+close_layers() { # NAME NAME TOLERANCE
+    python3 - "$3" "$work/$1/log.jsonl" "$work/$2/log.jsonl" <<'PYTHON'
+import json, sys
+tolerance, runs = float(sys.argv[1]), []
+for path in sys.argv[2:]:
+    events = [json.loads(line) for line in open(path)]
+    norms = {e["step"]: e["grad_norm"] for e in events if e["event"] == "step"}
+    layers = [e for e in events if e["event"] == "layers"]
+    assert [e["step"] for e in layers] == [2, 4]
+    for e in layers:
+        assert abs(sum(x * x for x in e["grad_norm"]) / norms[e["step"]] ** 2 - 1) < 1e-7, e
+    runs.append([x for e in layers for key, xs in e.items() if isinstance(xs, list) for x in xs])
+worst = max(abs(x / y - 1) for x, y in zip(*runs))
+print(worst)
+sys.exit(len(runs[0]) != 48 or len(runs[1]) != 48 or worst > tolerance)
+PYTHON
+}
+near() { # NAME OF RANKS [KEY=VALUE ...]
+    local name=$1 of=$2 ranks=$3
+    shift 3
+    train "$name" "$ranks" log.layers_every=2 "$@" && close_layers "$name" "$of" 0.01
+}
+tied=model.tie_word_embeddings=true
+check "norms of layers, tp 4 with 2 key/value heads" near layers_tp det1 4 $tp=4
+check "norms of layers, tp 2 x cp 2, recomputed" near layers_cp det1 4 $tp=2 $cp=2 batch.recompute=block
+check "norms of layers, tied" train tied1 1 log.layers_every=2 $tied
+check "norms of layers, tied, dp 2 x pp 2" near layers_tied tied1 4 $tied $pp=2
 
 # ----------------------------------------------------------------------------
 # what ranks send is what plan says
@@ -78,8 +123,6 @@ print("planned", planned, "counted", counted)
 sys.exit(planned != counted)
 PYTHON
 }
-tp=parallel.tensor_parallel_size dp=parallel.data_parallel_size pp=parallel.pipeline_parallel_size
-cp=parallel.context_parallel_size
 check "traffic, tp 2" traffic 2 $dp=1 $tp=2
 check "traffic, tp 4 with 2 key/value heads" traffic 4 $dp=1 $tp=4 batch.recompute=block
 for zero in 0 1 2 3; do check "traffic, dp 2, ZeRO $zero" traffic 2 $dp=2 parallel.zero_stage=$zero; done

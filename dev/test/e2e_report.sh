@@ -87,6 +87,9 @@ with open(sys.argv[1], "w") as log:
                   checkpoint_stall_seconds=0, eval_seconds=0.5, sample_seconds=0, tokens_per_second_per_gpu=1000,
                   rank_seconds_min=0.1, rank_seconds_median=0.11, rank_seconds_max=0.25, slowest_rank=3,
                   gpu_power_watts=700, gpu_temperature_celsius=66, gpu_sm_clock_mhz=1980)
+            if s % 5 == 0:
+                event("layers", s, grad_norm=[1e-3, None if s == 15 else loss, 0.5], weight_norm=[7, 8, 9],
+                      update_norm=[0 if s == 5 else 0.01] * 3, activation_rms=[1, 20, 300])
     event("start", 0, version="v2", processes=4, device="NVIDIA <H100>")
     steps(1, 30, 9.0)
     event("guard", 30, what="spike <of> loss", action="rewind")
@@ -98,9 +101,16 @@ END
 check "a run with troubles" scripts/report "$work/other"
 other_has() { grep -qF -- "$1" "$work/other/report.html"; }
 check "its report is well-formed" is_well_formed "$work/other/report.html"
-for title in Utilisation "Not training" Goodput Ranks Power Temperature Clock; do
+for title in Utilisation "Not training" Goodput Ranks Power Temperature Clock "Gradient norm by layer" "Weight norm by layer" \
+    "Update norm by layer" "Activations by layer"; do
     check "it has the plot $title" other_has "<figcaption>$title<span>"
+    [[ $title != *layer ]] || check "without layers there is no $title" report_lacks "$title"
 done
+check "a curve for each layer" [ "$(grep -oE '<path class="line"[^>]*><title>(embedding|layer 0|head)</title>' \
+    "$work/other/report.html" | sed 's/.*<title>//' | sort | uniq -c | awk '{ print $1 }' | tr '\n' ' ')" = "4 4 4 " ]
+check "in three colours" [ "$(grep -oE 'color-mix[^"]*" d=' "$work/other/report.html" | sort -u | wc -l)" -eq 3 ]
+check "the values of each, as they came out last" other_has "<title>layer 0, step 40: 4<"
+check "the scale is logarithmic" other_has '"end">0.1</text>'
 for mark in "skipped at step 10" "guard at step 30" "rewound at step 20" "lost a rank at step 40"; do
     check "the mark '$mark'" other_has "<title>$mark<"
 done
@@ -109,7 +119,8 @@ check "skipped steps are marked once" [ "$(grep -o '<figcaption>Loss<.*<figcapti
 check "what a rewind took back does not count" sh -c "python3 -B -c '
 from importlib.machinery import SourceFileLoader
 run = SourceFileLoader(\"report\", \"scripts/report\").load_module().Run(\"$work/other\")
-assert run.curve(\"step\", \"loss\") == [(s, 9.0 if s <= 20 else 4.0) for s in range(1, 41)]'"
+assert run.curve(\"step\", \"loss\") == [(s, 9.0 if s <= 20 else 4.0) for s in range(1, 41)]
+assert run.curves(\"layers\", \"grad_norm\")[1] == [(s, 9.0 if s <= 20 else 4.0) for s in range(5, 41, 5) if s != 15]'"
 check "the table of events has each of them" other_has "what spike &lt;of&gt; loss, action rewind"
 check "and the message of the end" other_has "it &lt;ended&gt;"
 check "and who computed" other_has "version v2, processes: 4, on NVIDIA &lt;H100&gt;"

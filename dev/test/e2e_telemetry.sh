@@ -104,7 +104,8 @@ check "a hanging NVML leaves the weights as they are" ./train_gpt_cpu checkpoint
 # ----------------------------------------------------------------------------
 # the log and its document
 
-check "a run with all there is" cpu all log.tensorboard=true eval.every=4 checkpoint.every=5 checkpoint.keep_last=9 sample.every=6
+check "a run with all there is" cpu all log.tensorboard=true eval.every=4 checkpoint.every=5 checkpoint.keep_last=9 sample.every=6 \
+    log.layers_every=3
 rm -r "$work"/all/checkpoints/step_0000001[02] # as if it had been killed behind step 5
 check "goes on from an earlier step" cpu all log.tensorboard=true eval.every=4 checkpoint.every=5 log.every=3
 (exec ./train_gpt_cpu configs/tiny_llama.json "${small[@]}" schedule.max_steps=1000000 "log.run_dir=$work/all") >/dev/null 2>&1 &
@@ -135,6 +136,11 @@ for title, difference in (("not documented", written - documented), ("never writ
         sys.exit(f"{title}: {sorted(difference)}")
 END
 check "log.jsonl is what dev/doc/formats.md says" python3 "$work/schema.py" dev/doc/formats.md "$work/all/log.jsonl" "$work/gpu/log.jsonl"
+
+check "layers are measured more often than steps are logged" cpu layers log.every=9 log.layers_every=5
+said() { sed -n "s/^{\"event\":\"$1\",[^}]*\"step\":\([0-9]*\),.*/\1/p" "$work/layers/log.jsonl" | tr '\n' ' '; }
+check "where they are, there is a line for each" [ "$(said layers)" = "5 10 " ]
+check "and the step's" [ "$(said step)" = "5 9 10 12 " ]
 
 cat >"$work/goodput.py" <<'END'
 """What counts is the time of the steps that were kept; the last line at a resume's step or before it says how much."""
@@ -238,6 +244,8 @@ for line in open(sys.argv[1] + "/log.jsonl"):
     e = json.loads(line)
     if e["event"] in ("step", "eval") and e["step"] <= 12:
         expected += [(e["time"], e["step"], e["event"] + "/" + k, v) for k, v in e.items() if k not in ("event", "time", "step")]
+    if e["event"] == "layers" and e["step"] <= 12:
+        expected += [(e["time"], e["step"], f"layers/{k}/{i}", v) for k, a in e.items() if isinstance(a, list) for i, v in enumerate(a)]
 assert len(files) == 2 and len(found) == len(expected) > 100, (len(files), len(found), len(expected))
 for f, e in zip(sorted(found), sorted(expected)):
     assert f[:3] == e[:3] and abs(f[3] - e[3]) <= 1e-6 * abs(e[3]), (f, e)

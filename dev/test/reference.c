@@ -66,3 +66,13 @@ double NAMED(step)(Reference* r, const RunConfig* run, const int32_t* rows, doub
     *grad_norm = result.grad_norm;
     return result.loss;
 }
+
+void NAMED(layer_norms)(Reference* r, const RunConfig* run, const int32_t* rows, double lr,
+                        uint64_t applied_steps, double* norms) {
+    StepGuard measuring = no_guard;
+    measuring.measure_layers = true;
+    gpt_load_batch(&r->gpt, rows, run->batch.global_batch_size, false, -1);
+    gpt_start_step(&r->gpt, run, lr, applied_steps, 0, measuring);
+    const LayerNorms* layers = gpt_finish_step(&r->gpt).layers;
+    memcpy(norms, layers, (size_t)(run->model.num_hidden_layers + 2) * sizeof *layers);
+}

@@ -24,7 +24,10 @@ enum ReferenceArray { REFERENCE_WEIGHTS, REFERENCE_GRADS, REFERENCE_LOGITS, REFE
     void name##_gradients(Reference* r, const int32_t* rows, bool mask);                                     \
     /* an optimizer step on rows (global_batch_size, T + 1); returns the mean loss */                        \
     double name##_step(Reference* r, const RunConfig* run, const int32_t* rows, double lr,                   \
-                       uint64_t applied_steps, double* grad_norm);
+                       uint64_t applied_steps, double* grad_norm);                                           \
+    /* such a step, measured, if run->log.layers_every asks for it: norms (L + 2, NUM_LAYER_NORMS) */        \
+    void name##_layer_norms(Reference* r, const RunConfig* run, const int32_t* rows, double lr,              \
+                            uint64_t applied_steps, double* norms);
 
 REFERENCE_FUNCTIONS(reference)
 REFERENCE_FUNCTIONS(reference32)

@@ -30,6 +30,9 @@ static void create_model(GPT* g, const ModelConfig* c, RunConfig* run) {
     Error err = {0};
     memset(run, 0, sizeof *run);
     run->model = *c, run->precision.compute = COMPUTE_FP32;
+    run->log.layers_every = 1; // there is room to measure layers
+    run->optimizer.beta1 = 0.9, run->optimizer.beta2 = 0.95, run->optimizer.eps = 1e-6;
+    run->optimizer.weight_decay = 0.1, run->optimizer.grad_clip = 0.01;
     assert_true(gpt_create(g, run, B, T, true, &err));
 }
 
@@ -172,6 +175,78 @@ static void decoder_equals_forward(void** state) {
     }
 }
 
+// Of each entry, the sum of squares of what its tensors hold.
+static void squares_by_layer(const GPT* g, const real* x, int which, LayerNorms* sums) {
+    for (int id = 0; id < NUM_TENSORS; id++)
+        for (int l = 0; l < tensor_copies(&g->config, id); l++) {
+            int place = tensor_table[id].place, L = g->config.num_hidden_layers;
+            int entry = place == BEFORE_LAYERS ? 0 : place == PER_LAYER ? 1 + l : 1 + L;
+            const real* tensor = x + tensor_offset(&g->layout, id, l);
+            for (size_t i = 0; i < g->layout.size[id]; i++) sums[entry].of[which] += tensor[i] * tensor[i];
+        }
+}
+
+static real* copy_of(const real* x, size_t n) {
+    return memcpy(malloc_check(n * sizeof *x), x, n * sizeof *x);
+}
+
+// The norms of layers in a step of two micro-batches are what loops over tensors and activations give; also in one that
+// is skipped.
+static void layer_norms_are_those_of_the_arrays(void** state) {
+    (void)state;
+    const char* families[] = {"gpt2", "llama"};
+    for (int i = 0; i < 4; i++) {
+        ModelConfig c = tiny(families[i / 2]);
+        Fixture f;
+        create(&f, &c, false);
+        GPT* g = &f.gpt;
+        bool skipped = i % 2 == 1;
+        int L = c.num_hidden_layers, values = B * T * c.hidden_size;
+        LayerNorms sums[4] = {0};
+        int32_t rows[2 * B * (T + 1)];
+        for (int k = 0; k < 2 * B * (T + 1); k++)
+            rows[k] = (int32_t)(random_bits(5, 0, 0, (uint64_t)k).x[0] % 37u);
+        for (int m = 0; m < 2; m++) {
+            split_rows(g, rows + m * B * (T + 1), B, false, 0);
+            gpt_forward(g, g->inputs, NULL, B);
+            const real* handed_on[] = {g->embedded, g->layers[0].residual3, g->layers[1].residual3, g->lnf};
+            for (int e = 0; e < L + 2; e++)
+                for (int k = 0; k < values; k++)
+                    sums[e].of[LAYER_ACTIVATION_RMS] += handed_on[e][k] * handed_on[e][k] / (2 * values);
+            gpt_loss(g, g->targets, B, 1.0 / (2 * B * T));
+            gpt_backward(g, g->inputs, B);
+        }
+        size_t n = g->layout.num_parameters;
+        squares_by_layer(g, g->grads, LAYER_GRAD_NORM, sums);
+        real* difference = copy_of(g->params, n);
+        memset(g->grads, 0, n * sizeof(real));
+        StepGuard guard = {skipped ? 0 : INFINITY, INFINITY, false, true};
+        gpt_load_batch(g, rows, 2 * B, false, 0);
+        gpt_start_step(g, &f.run, 0.01, 0, 0, guard);
+        StepResult r = gpt_finish_step(g);
+        assert_true(r.applied == !skipped);
+        for (size_t k = 0; k < n; k++) difference[k] = g->params[k] - difference[k];
+        squares_by_layer(g, difference, LAYER_UPDATE_NORM, sums);
+        squares_by_layer(g, g->params, LAYER_WEIGHT_NORM, sums);
+        double total = 0;
+        for (int e = 0; e < L + 2; e++) {
+            for (int k = 0; k < NUM_LAYER_NORMS; k++) {
+                double norm = r.layers[e].of[k], wanted = sqrt(sums[e].of[k]);
+                if (fabs(norm - wanted) > 1e-12 * wanted)
+                    fail_msg("%s, entry %d, %s: %.15g, not %.15g", families[i / 2], e, layer_norm_keys[k],
+                             norm, wanted);
+            }
+            assert_true((r.layers[e].of[LAYER_UPDATE_NORM] == 0) == skipped);
+            total += r.layers[e].of[LAYER_GRAD_NORM] * r.layers[e].of[LAYER_GRAD_NORM];
+        }
+        assert_true(fabs(total / (r.grad_norm * r.grad_norm) - 1) < 1e-12);
+        gpt_start_step(g, &f.run, 0.01, 1, 0, no_guard);
+        assert_null(gpt_finish_step(g).layers);
+        free(difference);
+        gpt_free(g);
+    }
+}
+
 // What gpt_plan says is what gpt_create takes: the sums of the same layout, with memory and without.
 static void plan_is_exact(void** state) {
     (void)state;
@@ -184,6 +259,10 @@ static void plan_is_exact(void** state) {
     assert_int_equal(bytes[MEMORY_PARAMETERS],
                      (parameter_layout(&c).num_parameters + 15) / 16 * 16 * sizeof(real));
     assert_int_equal(bytes[MEMORY_MOMENTS], 2 * bytes[MEMORY_GRADIENTS]);
+    size_t unmeasured[NUM_MEMORY_CLASSES]; // without room for the weights before an update
+    run.log.layers_every = 0;
+    gpt_plan(&run, B, T, true, unmeasured);
+    assert_int_equal(bytes[MEMORY_SCRATCH] - unmeasured[MEMORY_SCRATCH], bytes[MEMORY_PARAMETERS]);
     real* last = g.losses + B * T; // the last array of its class ends within a cache line of the class's size
     size_t used = (size_t)((char*)last - (char*)g.memory[MEMORY_ACTIVATIONS]);
     assert_true(used <= bytes[MEMORY_ACTIVATIONS] && used + 16 * sizeof(real) > bytes[MEMORY_ACTIVATIONS]);
@@ -197,6 +276,7 @@ int main(void) {
         cmocka_unit_test(qwen2_and_mistral),
         cmocka_unit_test(gradients_accumulate),
         cmocka_unit_test(decoder_equals_forward),
+        cmocka_unit_test(layer_norms_are_those_of_the_arrays),
         cmocka_unit_test(plan_is_exact),
     };
     return cmocka_run_group_tests_name("gpt_gradients", tests, NULL, NULL);

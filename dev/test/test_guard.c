@@ -249,6 +249,10 @@ static void checks_come_every_so_many_steps(void** state) {
     run.guard.replay_every = 5;
     for (s.step = 0; s.step < 12; s.step++)
         assert_int_equal(guard_orders(&s, &run).replay, s.step == 4 || s.step == 9);
+    for (s.step = 0; s.step < 12; s.step++) assert_false(guard_orders(&s, &run).measure_layers);
+    run.log.layers_every = 5;
+    for (s.step = 0; s.step < 12; s.step++)
+        assert_int_equal(guard_orders(&s, &run).measure_layers, s.step == 4 || s.step == 9);
 }
 
 int main(void) {
