@@ -24,26 +24,19 @@
 #include "llmc/model_files.h"    // defines: model_files_write, model_weights_read, model_config_check
 #include "llmc/stored_tensors.h" // defines: stored_moments, tensors_write, tensors_read, stored_complete
 #include "llmc/rendezvous.h"     // defines: Control, control_agree
-#include <math.h>
+#include "llmc/train_state.h"    // defines: TrainState, train_state_write, train_state_load
 #include <sys/file.h>
 #include <sys/syscall.h>
 
-// Of a number that each step has: an exponential mean and variance (guard.h). Zeros: no value yet.
-typedef struct {
-    uint64_t count; // of values that entered
-    double mean, variance;
-} Detector;
+static const char save_id_name[] = "save_id";
 
+// A directory that one process has for itself, with its share of a checkpoint alone (fast_tier.h).
+enum { ID_DIGITS = 32 };
 typedef struct {
-    uint64_t step;                // optimizer steps done
-    uint64_t tokens;              // seen so far
-    uint64_t rows;                // next global row of the data order
-    uint64_t data_fingerprint;    // of the data that rows counts in
-    uint64_t skipped_steps;       // by the guard, in all
-    uint64_t consecutive_skipped; // by the guard, up to now without a break
-    uint64_t rewinds;             // by the guard, in all
-    Detector loss, grad_norm;
-} TrainState;
+    bool alone;             // what is written or read is such a directory
+    char id[ID_DIGITS + 1]; // alone: of this save, the same in all processes
+    char source[PATH_MAX];  // saving: the tensors are copied from such a directory; "": they come from memory
+} CheckpointPart;
 
 typedef struct {
     const ModelConfig* model;
@@ -56,110 +49,31 @@ typedef struct {
     // here (layout.h: tensors_owned). NULL: one process, which has all.
     size_t begin, end;
     Control* control;
+    const CheckpointPart* part; // NULL: directories hold whole checkpoints, saved from memory
 } CheckpointData;
 
+static inline bool checkpoint_alone(const CheckpointData* data) {
+    return data->part != NULL && data->part->alone;
+}
+
 static inline Share checkpoint_share(const CheckpointData* data) {
-    Share all = whole_share(data->model);
-    if (data->control == NULL || data->control->size == 1) return all;
-    Share mine = {data->begin, data->end, data->control->rank, data->control->size};
-    return mine;
+    Share share = whole_share(data->model);
+    if (data->control != NULL && data->control->size > 1) {
+        share.begin = data->begin, share.end = data->end;
+        share.rank = data->control->rank, share.size = data->control->size;
+    }
+    share.alone = checkpoint_alone(data);
+    return share;
+}
+
+// This process makes the directory, and writes what is in it once.
+static inline bool checkpoint_makes(const CheckpointData* data) {
+    return checkpoint_alone(data) || checkpoint_share(data).rank == 0;
 }
 
 // False on all processes if it failed (err) on any.
 static inline bool checkpoint_agree(const CheckpointData* data, Error* err) {
     return data->control == NULL ? err->code == 0 : control_agree(data->control, err);
-}
-
-// ----------------------------------------------------------------------------
-// state.json: a loop over this table
-
-typedef struct {
-    const char* name;
-    size_t offset;
-    bool hex;      // 64 bits (of a double, too), which JSON's numbers do not hold: a string of 16 digits
-    bool required; // not so for a field that older versions did not write: it is 0 then
-} TrainStateField;
-
-static const TrainStateField train_state_fields[] = {
-    {"step", offsetof(TrainState, step), false, true},
-    {"tokens", offsetof(TrainState, tokens), false, true},
-    {"rows", offsetof(TrainState, rows), false, true},
-    {"data_fingerprint", offsetof(TrainState, data_fingerprint), true, true},
-    {"skipped_steps", offsetof(TrainState, skipped_steps), false, false},
-    {"consecutive_skipped", offsetof(TrainState, consecutive_skipped), false, false},
-    {"rewinds", offsetof(TrainState, rewinds), false, false},
-    {"loss_count", offsetof(TrainState, loss.count), false, false},
-    {"loss_mean", offsetof(TrainState, loss.mean), true, false},
-    {"loss_variance", offsetof(TrainState, loss.variance), true, false},
-    {"grad_norm_count", offsetof(TrainState, grad_norm.count), false, false},
-    {"grad_norm_mean", offsetof(TrainState, grad_norm.mean), true, false},
-    {"grad_norm_variance", offsetof(TrainState, grad_norm.variance), true, false},
-};
-enum { NUM_TRAIN_STATE_FIELDS = sizeof train_state_fields / sizeof train_state_fields[0] };
-
-// The 64 bits of a field.
-static inline uint64_t train_state_field(const TrainState* state, int i) {
-    uint64_t bits;
-    memcpy(&bits, (const char*)state + train_state_fields[i].offset, sizeof bits);
-    return bits;
-}
-
-static inline void train_state_write(TrainState state, String* out) {
-    for (int i = 0; i < NUM_TRAIN_STATE_FIELDS; i++) {
-        unsigned long long value = train_state_field(&state, i);
-        string_append(out, "%s\n  \"%s\": ", i == 0 ? "{" : ",", train_state_fields[i].name);
-        if (train_state_fields[i].hex)
-            string_append(out, "\"%016llx\"", value);
-        else
-            string_append(out, "%llu", value);
-    }
-    string_append(out, "\n}\n");
-}
-
-static inline bool hex64_from_json(const cJSON* item, uint64_t* value) {
-    if (!cJSON_IsString(item) || strspn(item->valuestring, "0123456789abcdef") != 16) return false;
-    *value = strtoull(item->valuestring, NULL, 16);
-    return item->valuestring[16] == '\0';
-}
-
-// A field that we do not know is a newer version's, and to go on without it would lose what it says: an
-// error, but no damage.
-static inline bool train_state_parse(TrainState* state, const char* text, const char* where, Error* err) {
-    cJSON* json = cJSON_ParseWithOpts(text, NULL, 1);
-    int known = 0;
-    bool ok = cJSON_IsObject(json) || fail(err, EXIT_BAD_DATA, "%s is not a JSON object", where);
-    memset(state, 0, sizeof *state);
-    for (int i = 0; ok && i < NUM_TRAIN_STATE_FIELDS; i++) {
-        const TrainStateField* field = &train_state_fields[i];
-        const cJSON* item = cJSON_GetObjectItemCaseSensitive(json, field->name);
-        if (item == NULL && !field->required) continue;
-        uint64_t value = 0;
-        known++;
-        ok = (field->hex ? hex64_from_json(item, &value) : safetensors_integer(item, &value)) ||
-             fail(err, EXIT_BAD_DATA, "%s: %s is missing or not a number", where, field->name);
-        memcpy((char*)state + field->offset, &value, sizeof value);
-    }
-    const Detector* detectors[] = {&state->loss, &state->grad_norm};
-    for (int i = 0; ok && i < 2; i++) // a mean that is no number would switch the guard off for good
-        ok = (isfinite(detectors[i]->mean) && isfinite(detectors[i]->variance) &&
-              detectors[i]->variance >= 0) ||
-             fail(err, EXIT_BAD_DATA, "%s: the mean or variance of %s is impossible", where,
-                  i == 0 ? "loss" : "grad_norm");
-    if (ok && cJSON_GetArraySize(json) != known)
-        ok = fail(err, EXIT_CONFIG,
-                  "%s has a field that this version does not know: use the version that wrote it", where);
-    cJSON_Delete(json);
-    return ok;
-}
-
-static inline bool train_state_load(TrainState* state, const char* dir, Error* err) {
-    char path[PATH_MAX];
-    size_t size;
-    if (!path_join(path, dir, "state.json", err)) return false;
-    char* text = read_file(path, 1 << 16, &size, err);
-    bool ok = text != NULL && train_state_parse(state, text, path, err);
-    free(text);
-    return ok;
 }
 
 // ----------------------------------------------------------------------------
@@ -253,7 +167,9 @@ static inline uint64_t checkpoint_bytes(const CheckpointData* data) {
     struct stat st;
     bool tokenizer = data->tokenizer_path != NULL && stat(data->tokenizer_path, &st) == 0;
     uint64_t copies = data->m != NULL ? 3 : 1, slack = 1 << 20; // headers and small files
-    return copies * sizeof(float) * model_num_parameters(data->model) +
+    Share share = checkpoint_share(data);
+    return copies * sizeof(float) *
+               (share.alone ? share.end - share.begin : model_num_parameters(data->model)) +
            (tokenizer ? (uint64_t)st.st_size : 0) + slack;
 }
 
@@ -302,12 +218,40 @@ static inline bool manifest_gather(const CheckpointData* data, Manifest* manifes
     return ok;
 }
 
-// What the first process adds: the configuration, the state and, last, the manifest, durably.
+// The tensors' files of another directory, each with the hash that its manifest says.
+static inline bool tensors_copy(const char* dir, const char* source, Manifest* manifest, Error* err) {
+    Manifest from;
+    Error why = {0, {0}};
+    char* piece = (char*)malloc_check(HASH_PIECE);
+    bool ok = manifest_load(&from, source, &why);
+    for (int i = 0; ok && i < from.count; i++) {
+        const FileRecord* file = &from.files[i];
+        if (strncmp(file->name, "model", 5) != 0 && strncmp(file->name, "optim", 5) != 0) continue;
+        HashedFile in, out;
+        FileRecord record;
+        out.fd = -1, out.hash = NULL;
+        ok = hashed_open(&in, source, file->name, file, &why) && hashed_create(&out, dir, file->name, &why);
+        for (uint64_t left = file->size, n; ok && left > 0; left -= n) {
+            n = hash_piece(left);
+            ok = hashed_read(&in, piece, (size_t)n, &why) && hashed_write(&out, piece, (size_t)n, &why);
+        }
+        ok = ok && hashed_verify(&in, &why) && hashed_finish(&out, &record, &why);
+        hashed_close(&in), hashed_close(&out);
+        if (ok) manifest_add(manifest, &record);
+    }
+    manifest_free(&from);
+    free(piece);
+    return ok || fail(err, EXIT_IO, "%s", why.text); // a copy that is damaged is no end of a run
+}
+
+// What there is once: the configuration, the state and, last, the manifest, durably.
 static inline bool checkpoint_finish(const char* dir, const CheckpointData* data, Manifest* manifest,
                                      Error* err) {
     String text = {NULL, 0, 0}, state = {NULL, 0, 0};
-    bool ok = model_files_write(dir, data->model, data->tokenizer_path, manifest, err);
-    if (ok && data->config_json != NULL)
+    bool alone = checkpoint_alone(data);
+    bool ok = model_files_write(dir, data->model, alone ? NULL : data->tokenizer_path, manifest, err);
+    if (ok && alone) ok = bytes_write(dir, save_id_name, data->part->id, ID_DIGITS, manifest, err);
+    if (ok && !alone && data->config_json != NULL)
         ok = bytes_write(dir, "run_config.json", data->config_json, strlen(data->config_json), manifest, err);
     train_state_write(data->state, &state);
     ok = ok && bytes_write(dir, "state.json", state.data, state.size, manifest, err);
@@ -317,20 +261,23 @@ static inline bool checkpoint_finish(const char* dir, const CheckpointData* data
     return ok;
 }
 
-// Everything of a checkpoint into the new directory dir, durably, the manifest last. All processes write the tensors
+// Everything of a checkpoint (alone: of its share) into the new directory dir, durably, the manifest last. All processes write the tensors
 // that they have.
 static inline bool checkpoint_write(const char* dir, const CheckpointData* data, Error* err) {
-    bool first = checkpoint_share(data).rank == 0;
-    if (first && mkdir(dir, 0777) != 0)
+    bool makes = checkpoint_makes(data);
+    if (makes && mkdir(dir, 0777) != 0)
         fail(err, EXIT_CANNOT_WRITE, "cannot create %s: %s", dir, strerror(errno));
-    if (first && err->code == 0) free_space_check(dir, checkpoint_bytes(data), err);
+    if (makes && err->code == 0) free_space_check(dir, checkpoint_bytes(data), err);
     if (!checkpoint_agree(data, err)) return false;
     Manifest manifest = {NULL, 0};
-    bool ok = model_weights_write(dir, data->model, data->params, checkpoint_share(data), MAX_SHARD_BYTES,
-                                  &manifest, err) &&
-              (data->m == NULL || moments_write(dir, data, &manifest, err));
-    ok = checkpoint_agree(data, err) && ok && manifest_gather(data, &manifest, err);
-    ok = ok && (!first || checkpoint_finish(dir, data, &manifest, err));
+    bool ok = data->part != NULL && data->part->source[0] != '\0'
+                  ? tensors_copy(dir, data->part->source, &manifest, err)
+                  : model_weights_write(dir, data->model, data->params, checkpoint_share(data),
+                                        MAX_SHARD_BYTES, &manifest, err) &&
+                        (data->m == NULL || moments_write(dir, data, &manifest, err));
+    ok = checkpoint_agree(data, err) && ok;
+    ok = ok && (checkpoint_alone(data) || manifest_gather(data, &manifest, err));
+    ok = ok && (!makes || checkpoint_finish(dir, data, &manifest, err));
     manifest_free(&manifest);
     return ok;
 }
@@ -347,21 +294,24 @@ static inline bool checkpoint_commit(const char* from, const char* to, Error* er
     return fail(err, EXIT_IO, "cannot rename %s to %s: %s", from, to, strerror(errno));
 }
 
+// First the name goes, durably, then the files: what has the name is whole.
+static inline bool checkpoint_remove(const char* dir, uint64_t step, Error* err) {
+    char path[PATH_MAX], doomed[PATH_MAX];
+    if (!step_path(path, dir, step, "", err) || !step_path(doomed, dir, step, ".delete", err)) return false;
+    if (rename(path, doomed) != 0) return fail(err, EXIT_IO, "cannot rename %s: %s", path, strerror(errno));
+    return directory_sync(dir, err) && directory_remove(doomed, err);
+}
+
 // Removes the checkpoints that are neither among the keep_last newest, nor at a multiple of permanent_every
-// steps, nor the one of step `saved`. First the name goes, durably, then the files: what has the name is
-// whole.
+// steps, nor the one of step `saved`.
 static inline bool checkpoint_prune(const char* dir, uint64_t saved, int keep_last, uint64_t permanent_every,
                                     Error* err) {
     StepList list;
-    char path[PATH_MAX], doomed[PATH_MAX];
     bool ok = steps_list(dir, false, &list, err);
     for (int i = keep_last > 1 ? keep_last : 1; ok && i < list.count; i++) {
         uint64_t step = list.steps[i];
         if (step == saved || (permanent_every != 0 && step % permanent_every == 0)) continue;
-        ok = step_path(path, dir, step, "", err) && step_path(doomed, dir, step, ".delete", err);
-        if (ok && rename(path, doomed) != 0)
-            ok = fail(err, EXIT_IO, "cannot rename %s: %s", path, strerror(errno));
-        ok = ok && directory_sync(dir, err) && directory_remove(doomed, err);
+        ok = checkpoint_remove(dir, step, err);
     }
     free(list.steps);
     return ok;
@@ -375,12 +325,13 @@ static inline bool checkpoint_save(const char* checkpoints_dir, const Checkpoint
                                    uint64_t permanent_every, Error* err) {
     char path[PATH_MAX], temporary[PATH_MAX], parent[PATH_MAX];
     StepList list = {NULL, 0, 0};
-    if (!step_path(path, checkpoints_dir, data->state.step, "", err) ||
-        !step_path(temporary, checkpoints_dir, data->state.step, ".tmp", err) ||
-        !path_join(parent, checkpoints_dir, "..", err) || !make_directories(checkpoints_dir, err))
-        return false;
-    bool first = checkpoint_share(data).rank == 0;
-    int lock = first ? directory_lock(checkpoints_dir, SAVE_PATIENCE, err) : -1;
+    bool makes = checkpoint_makes(data);
+    int lock = step_path(path, checkpoints_dir, data->state.step, "", err) &&
+                       step_path(temporary, checkpoints_dir, data->state.step, ".tmp", err) &&
+                       path_join(parent, checkpoints_dir, "..", err) && makes &&
+                       make_directories(checkpoints_dir, err)
+                   ? directory_lock(checkpoints_dir, SAVE_PATIENCE, err)
+                   : -1;
     if (lock >= 0) {
         bool listed = directory_sync(parent, err) && steps_list(checkpoints_dir, true, &list, err);
         CHECK(listed || err->code != 0);
@@ -389,12 +340,12 @@ static inline bool checkpoint_save(const char* checkpoints_dir, const Checkpoint
     bool ok = checkpoint_agree(data, err);
     if (ok) {
         Error ignored = {0, {0}};
-        ok = checkpoint_write(temporary, data, err) && (!first || checkpoint_commit(temporary, path, err));
-        if (!ok && first) directory_remove(temporary, &ignored);
-        ok = ok && (!first || directory_sync(checkpoints_dir, err));
+        ok = checkpoint_write(temporary, data, err) && (!makes || checkpoint_commit(temporary, path, err));
+        if (!ok && makes) directory_remove(temporary, &ignored);
+        ok = ok && (!makes || directory_sync(checkpoints_dir, err));
         ok = checkpoint_agree(data, err) && ok;
     }
-    if (ok && first) {
+    if (ok && makes) {
         Error warning = {0, {0}};
         if (access(temporary, F_OK) == 0) directory_remove(temporary, &warning); // what had the name before
         checkpoint_prune(checkpoints_dir, data->state.step, keep_last, permanent_every, &warning);
@@ -456,6 +407,7 @@ static inline bool checkpoint_read(const char* dir, CheckpointData* into, Error*
         StoredTensors moments = stored_moments(into->model, into->m, into->v);
         bool any = false;
         stored_keep(&moments, share.begin, share.end);
+        if (share.alone) stored_drop_others(&moments);
         for (int i = 0; ok && i < manifest.count; i++) {
             const FileRecord* file = &manifest.files[i];
             if (strncmp(file->name, "optim", 5) != 0 || !tensor_file_name(file->name)) continue;
@@ -529,8 +481,8 @@ static inline bool steps_share(const CheckpointData* data, StepList* list, Error
 
 // One pass over the checkpoints that are there now, newest first. *vanished: one was removed by another
 // process while it was being read, so what is there has changed.
-static inline bool checkpoint_try_newest(const char* dir, CheckpointData* into, bool* found, bool* vanished,
-                                         Error* err) {
+static inline bool checkpoint_try_newest(const char* dir, CheckpointData* into, int64_t above, bool* found,
+                                         bool* vanished, Error* err) {
     Error busy = {0, {0}};
     StepList list;
     bool first = checkpoint_share(into).rank == 0, ok = true;
@@ -540,7 +492,7 @@ static inline bool checkpoint_try_newest(const char* dir, CheckpointData* into, 
     if (lock >= 0) close(lock);
     ok = steps_share(into, &list, err) && ok;
     *vanished = false;
-    for (int i = 0; ok && !*found && i < list.count; i++) {
+    for (int i = 0; ok && !*found && i < list.count && (int64_t)list.steps[i] > above; i++) {
         char path[PATH_MAX];
         Error why = {0, {0}};
         ok = step_path(path, dir, list.steps[i], "", err);
@@ -563,7 +515,7 @@ static inline bool checkpoint_try_newest(const char* dir, CheckpointData* into, 
         fprintf(stderr, "warning: checkpoint %s cannot be used: %s\n", path, why.text);
         checkpoint_set_aside(dir, list.steps[i], path);
     }
-    if (ok && !*found && !*vanished && list.set_aside > 0)
+    if (ok && !*found && !*vanished && list.set_aside > 0 && above < 0)
         ok = fail(err, EXIT_BAD_DATA,
                   "no checkpoint in %s is whole and %d were set aside as .bad: repair one, or move them all "
                   "away to start anew",
@@ -572,17 +524,22 @@ static inline bool checkpoint_try_newest(const char* dir, CheckpointData* into, 
     return ok;
 }
 
-// Loads the newest checkpoint that verifies. A damaged one is named on stderr and set aside, and the next
-// older one is tried. *found tells whether there was any; damaged ones and none that is whole is an error,
-// for a run never starts anew by itself. An error that is no damage (another model's config, out of
-// descriptors, no permission) ends the search and leaves everything where it is.
-static inline bool checkpoint_load_newest(const char* checkpoints_dir, CheckpointData* into, bool* found,
-                                          Error* err) {
+// Loads the newest checkpoint that verifies, of those of steps > above. A damaged one is named on stderr and set aside,
+// and the next older one is tried. *found tells whether there was any; damaged ones and none that is whole is an error
+// where above is < 0, all steps, for a run never starts anew by itself. An error that is no damage (another model's
+// config, out of descriptors, no permission) ends the search and leaves everything where it is.
+static inline bool checkpoint_load_above(const char* checkpoints_dir, CheckpointData* into, int64_t above,
+                                         bool* found, Error* err) {
     enum { PATIENCE = 100 }; // a run that removes checkpoints faster than they can be read
     bool ok = true, vanished = true;
     *found = false;
     for (int i = 0; ok && vanished && i < PATIENCE; i++)
-        ok = checkpoint_try_newest(checkpoints_dir, into, found, &vanished, err);
+        ok = checkpoint_try_newest(checkpoints_dir, into, above, found, &vanished, err);
     if (ok && vanished) ok = fail(err, EXIT_IO, "the checkpoints in %s keep vanishing", checkpoints_dir);
     return ok;
+}
+
+static inline bool checkpoint_load_newest(const char* checkpoints_dir, CheckpointData* into, bool* found,
+                                          Error* err) {
+    return checkpoint_load_above(checkpoints_dir, into, -1, found, err);
 }

@@ -79,6 +79,13 @@ static inline bool connect_model(Trainer* t, Error* err) {
     return agree(t, err) && connected;
 }
 
+// Only training looks into the fast tier: other commands may run on another node.
+static inline bool open_tier(Trainer* t, Error* err) {
+    const char* fast_dir = t->run.checkpoint.fast_dir;
+    bool ok = fast_dir[0] == '\0' || fast_open(&t->tier, fast_dir, t->run.log.run_dir, &t->control, err);
+    return agree(t, err) && ok;
+}
+
 static inline bool command_train(Trainer* t, const char* argument, Error* err) {
     (void)argument;
     RunConfig* run = &t->run;
@@ -98,7 +105,7 @@ static inline bool command_train(Trainer* t, const char* argument, Error* err) {
     ready = prompt_ok && (!first || choose_tokenizer_json(t, err)) &&
             gpt_create(t->gpt, run, run->batch.micro_batch_size, run->batch.sequence_length, true, err);
     if (!agree(t, err) || !ready) return false;
-    if (!connect_model(t, err) || !load_or_init(t, &resumed, err)) return false;
+    if (!connect_model(t, err) || !open_tier(t, err) || !load_or_init(t, &resumed, err)) return false;
     // where nothing is left to do, run_config.json stays that of the steps that were done
     bool finished = t->state.step >= (uint64_t)run->schedule.max_steps;
     ready = !first ||
@@ -332,11 +339,15 @@ static inline bool meet(Trainer* t, const Launch* launch, Error* err) {
     bool ok = control_open(&t->control, launch, job.data, patience, err);
     string_append(&job, "checkpoints");
     ok = ok && control_open(&t->save_control, launch, job.data, patience, err);
+    string_append(&job, "copies");
+    ok = ok && (t->run.checkpoint.fast_dir[0] == '\0' ||
+                control_open(&t->copy_control, launch, job.data, patience, err));
     string_append(&job, "watchdog");
     ok = ok && control_open(&t->watchdog.control, launch, job.data, patience, err);
     free(job.data);
     // a checkpoint takes longer than a start, and who reads and who writes it takes not the same time
-    t->control.timeout = t->save_control.timeout = patience > 3600 ? patience : 3600;
+    t->control.timeout = t->save_control.timeout = t->copy_control.timeout =
+        patience > 3600 ? patience : 3600;
     if (ok && launch->rank > 0 && freopen("/dev/null", "w", stdout) == NULL)
         return fail(err, EXIT_OS, "cannot open /dev/null: %s", strerror(errno));
     return ok;
@@ -348,7 +359,8 @@ static inline bool watch(Trainer* t, const Command* command, const Launch* launc
     bool alone = t->control.size == 1 && !(t->program->asynchronous && command->run == command_train);
     if (t->run.parallel.hang_seconds_max == 0 || alone) return true;
     w->run = &t->run, w->gpt = t->gpt;
-    w->main = &t->control, w->saver = &t->save_control, w->metrics = &t->metrics;
+    w->main = &t->control, w->saver = &t->save_control, w->copier = &t->copy_control,
+    w->metrics = &t->metrics;
     w->mine.local_rank = launch->local_rank;
     flight_phase(PHASE_START, 0);
     return watchdog_start(w, err);
@@ -366,6 +378,7 @@ static inline void end_with(Trainer* t, const Error* err) {
         exit(err->code);
     }
     if (t->saver.busy && err->code != EXIT_LOST) saver_finish(&t->saver, &reported);
+    if (t->copier.busy && err->code != EXIT_LOST) saver_finish(&t->copier, &reported);
     watchdog_stop(&t->watchdog, err);
     _exit(err->code);
 }

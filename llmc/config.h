@@ -307,6 +307,9 @@ static inline bool check_rules(const ConfigReader* r, RunConfig* run) {
     if (permanent > 0 && (every == 0 || permanent % every != 0))
         return fail_rule(r, "checkpoint", "permanent_every", "it must be a multiple of checkpoint.every, %d",
                          every);
+    if (run->checkpoint.fast_every > 0 && run->checkpoint.fast_dir[0] == '\0')
+        return fail_rule(r, "checkpoint", "fast_every",
+                         "checkpoint.fast_dir is empty: name a directory on a disk of each node");
     if (run->eval.every > 0 && run->data.validation[0] == '\0')
         return fail_rule(r, "eval", "every", "data.validation is empty: name the shards to evaluate on");
     if (run->sample.every > 0 && run->data.tokenizer[0] == '\0')

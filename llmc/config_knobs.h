@@ -62,9 +62,9 @@ typedef struct {
         bool fused_gelu;
     } precision;
     struct {
-        int every, keep_last, permanent_every;
+        int every, keep_last, permanent_every, fast_every;
         double minutes, failures_per_day;
-        char load_from[CONFIG_TEXT];
+        char load_from[CONFIG_TEXT], fast_dir[CONFIG_TEXT];
     } checkpoint;
     struct {
         int max_skipped_steps, policy; // policy: a GuardPolicy
@@ -215,6 +215,10 @@ static const Knob knobs[] = {
         "newest checkpoints that are kept"},
     {"checkpoint", "permanent_every", KNOB_INT, AT(checkpoint.permanent_every), "0", 0, STEPS_MAX, NULL,
         "checkpoints of every so many steps stay for good, a multiple of `every`; 0: none does"},
+    {"checkpoint", "fast_dir", KNOB_TEXT, AT(checkpoint.fast_dir), "\"\"", 0, 0, NULL,
+        "directory on a disk of each node: checkpoints are written there first, then copied beside training"},
+    {"checkpoint", "fast_every", KNOB_INT, AT(checkpoint.fast_every), "0", 0, STEPS_MAX, NULL,
+        "steps between checkpoints that stay in `fast_dir`, besides; 0: none does"},
     {"checkpoint", "load_from", KNOB_TEXT, AT(checkpoint.load_from), "\"\"", 0, 0, NULL,
         "a checkpoint or Hugging Face model directory with weights to start from, evaluate or export"},
     {"guard", "max_skipped_steps", KNOB_INT, AT(guard.max_skipped_steps), "10", 1, 1000000, NULL,

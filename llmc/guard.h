@@ -6,10 +6,10 @@
 //     weights      replicas that should be equal to the bit and are not
 //     replay       a step that was computed twice, and not the same
 #pragma once
-#include "llmc/checkpoint.h" // defines: TrainState, Detector
-#include "llmc/config.h"     // defines: RunConfig, GuardPolicy
-#include "llmc/control.h"    // defines: ranks_listed
-#include "llmc/program.h"    // defines: StepGuard, StepResult, REPLAY_SAME, guard_passes
+#include "llmc/train_state.h" // defines: TrainState, Detector
+#include "llmc/config.h"      // defines: RunConfig, GuardPolicy
+#include "llmc/control.h"     // defines: ranks_listed
+#include "llmc/program.h"     // defines: StepGuard, StepResult, REPLAY_SAME, guard_passes
 
 // ----------------------------------------------------------------------------
 // a number that each step has: its exponential mean and variance, which are those of all values at first
@@ -50,7 +50,9 @@ static inline StepGuard guard_limits(const TrainState* s, const RunConfig* run) 
 // rewind goes back to.
 static inline bool guard_check_due(uint64_t step, const RunConfig* run) {
     uint64_t every = (uint64_t)run->guard.check_every, save = (uint64_t)run->checkpoint.every;
-    return every > 0 && (step % every == 0 || (save > 0 && step % save == 0));
+    uint64_t fast = (uint64_t)run->checkpoint.fast_every;
+    return every > 0 &&
+           (step % every == 0 || (save > 0 && step % save == 0) || (fast > 0 && step % fast == 0));
 }
 
 static inline bool guard_replay_due(uint64_t step, const RunConfig* run) {

@@ -31,10 +31,11 @@ static inline bool bytes_write(const char* dir, const char* name, const void* da
 typedef struct {
     size_t begin, end;
     int rank, size;
+    bool alone; // a directory holds this share and no other
 } Share;
 
 static inline Share whole_share(const ModelConfig* model) {
-    Share all = {0, parameter_layout(model).num_parameters, 0, 1};
+    Share all = {0, parameter_layout(model).num_parameters, 0, 1, false};
     return all;
 }
 
@@ -195,8 +196,9 @@ static inline bool model_weights_read(const char* dir, const ModelConfig* model,
     Manifest found = {NULL, 0};
     if (manifest == NULL && !model_weight_files(&found, dir, err)) return false;
     const Manifest* files = manifest != NULL ? manifest : &found;
-    StoredTensors list = stored_model(model, params, true);
+    StoredTensors list = stored_model(model, params, !share.alone);
     stored_keep(&list, share.begin, share.end);
+    if (share.alone) stored_drop_others(&list);
     bool ok = true;
     for (int i = 0; ok && i < files->count; i++) {
         const FileRecord* file = &files->files[i];

@@ -92,24 +92,19 @@ static inline bool report_samples(Trainer* t, Error* err) {
 // ----------------------------------------------------------------------------
 // checkpoints
 
-// Waits for the checkpoint that is being written, if one is, and says that it is there. False: it is not, err
-// says why.
-static inline bool finish_save(Trainer* t, Error* err) {
-    const Saver* saver = &t->saver;
-    unsigned long long step = saver->data.state.step;
-    if (!saver->busy) return true;
-    flight_phase(PHASE_SAVE, step);
-    if (!saver_finish(&t->saver, err)) return false;
-    t->saved_step = step;
-    printf("save %6llu | %s/step_%08llu in %.1f s%s\n", step, saver->directory, step, saver->seconds,
+// Says that a checkpoint is there. stall: of its seconds, those that training stood still.
+static inline void report_save(Trainer* t, const Saver* s, double stall) {
+    unsigned long long step = s->data.state.step;
+    const char* directory = s->tier != NULL ? s->tier->directory : s->directory;
+    printf("save %6llu | %s/step_%08llu in %.1f s%s\n", step, directory, step, s->seconds,
            t->telemetry.style->clear);
     fflush(stdout);
     String line = event_begin("checkpoint", step);
-    event_text(&line, "directory", saver->directory);
-    event_number(&line, "seconds", saver->seconds);
-    event_number(&line, "stall", t->program->asynchronous ? t->stall : saver->seconds);
+    event_text(&line, "tier", s->tier != NULL ? "fast" : "durable");
+    event_text(&line, "directory", directory);
+    event_number(&line, "seconds", s->seconds);
+    event_number(&line, "stall", stall);
     event_end(&t->metrics, &line);
-    return true;
 }
 
 // All processes save together and know why it failed; the first one says it.
@@ -118,28 +113,102 @@ static inline void warn_of_no_checkpoint(const Trainer* t, uint64_t step, const 
     fprintf(stderr, "warning: no checkpoint at step %llu: %s\n", (unsigned long long)step, why->text);
 }
 
-// A full disk must not end a run that may go on for days: say it, keep training, try again when it is due.
-static inline void finish_save_or_warn(Trainer* t) {
-    Error why = {0, {0}};
-    if (!finish_save(t, &why)) warn_of_no_checkpoint(t, t->saver.data.state.step, &why);
-}
-
-// Begins to write a checkpoint of the state as it is; without a copy of it, training stands still until that
-// is done. One at a time: an earlier one is waited for.
-static inline bool save(Trainer* t, Error* err) {
-    Saver* saver = &t->saver;
-    finish_save_or_warn(t);
-    flight_phase(PHASE_SAVE, t->state.step);
-    if (checkpoints_directory(t, saver->directory, err) == NULL) return false;
-    t->tried_step = t->state.step, t->save_started = seconds_now();
-    saver->gpt = t->gpt;
+// A saver that writes the state as it is into the run's directory, from what the host has of it.
+static inline bool prepare_saver(Trainer* t, Saver* saver, Control* control, Error* err) {
+    saver->gpt = NULL, saver->tier = NULL;
+    memset(&saver->part, 0, sizeof saver->part);
     saver->data = checkpoint_data(t);
-    saver->data.control = &t->save_control;
+    saver->data.control = control, saver->data.part = &saver->part;
     saver->keep_last = t->run.checkpoint.keep_last;
     saver->permanent_every = (uint64_t)t->run.checkpoint.permanent_every;
+    return checkpoints_directory(t, saver->directory, err) != NULL;
+}
+
+// Begins to copy a checkpoint of the fast tier to the run's directory. One at a time: save() waits for the one before.
+static inline bool start_copy(Trainer* t, const TrainState* state, Error* err) {
+    Saver* copier = &t->copier;
+    if (!prepare_saver(t, copier, &t->copy_control, err) ||
+        !step_path(copier->part.source, t->tier.directory, state->step, "", err))
+        return false;
+    t->tried_step = state->step;
+    copier->data.state = *state;
+    saver_start(copier);
+    return true;
+}
+
+// Waits for the copy that is being made, if one is, and says that it is there. False: it is not, err says why.
+static inline bool finish_copy(Trainer* t, Error* err) {
+    if (!t->copier.busy) return true;
+    flight_phase(PHASE_SAVE, t->copier.data.state.step);
+    if (!saver_finish(&t->copier, err)) return false;
+    t->saved_step = t->copier.data.state.step;
+    report_save(t, &t->copier, 0);
+    return true;
+}
+
+// The same of the checkpoint that is being written; then begins what follows it. What the fast tier took is copied, if
+// it is to be in the run's directory; what it could not take is written there at once, from the snapshot.
+static inline bool finish_write(Trainer* t, Error* err) {
+    Saver* saver = &t->saver;
+    uint64_t step = saver->data.state.step;
+    Error why = {0, {0}};
+    if (!saver->busy) return true;
+    flight_phase(PHASE_SAVE, step);
+    bool fast = saver->tier != NULL, ok = saver_finish(saver, fast ? &why : err);
+    if (ok) report_save(t, saver, t->program->asynchronous ? t->stall : saver->seconds);
+    if (ok && !fast) t->saved_step = step;
+    if (!fast) return ok;
+    if (!ok && t->control.rank == 0)
+        fprintf(stderr, "warning: step %llu is not in checkpoint.fast_dir: %s\n", (unsigned long long)step,
+                why.text);
+    if (!saver->to_durable) return true;
+    if (ok) return start_copy(t, &saver->data.state, err);
+    saver->gpt = NULL, saver->tier = NULL, saver->part.alone = false;
+    saver_start(saver);
+    return true;
+}
+
+// Waits for the checkpoint that is being written until nothing of it has to be done but the copy.
+static inline bool finish_save(Trainer* t, Error* err) {
+    bool ok = true;
+    while (ok && t->saver.busy) ok = finish_write(t, err);
+    return ok;
+}
+
+// A full disk must not end a run that may go on for days: say it, keep training, try again when it is due.
+static inline void warn_unless(Trainer* t, bool (*finish)(Trainer*, Error*), const Saver* saver) {
+    Error why = {0, {0}};
+    uint64_t step = saver->data.state.step;
+    if (!finish(t, &why)) warn_of_no_checkpoint(t, step, &why);
+}
+static inline void finish_saves_or_warn(Trainer* t) {
+    warn_unless(t, finish_save, &t->saver);
+    warn_unless(t, finish_copy, &t->copier);
+}
+
+// Takes what is there, without waiting.
+static inline void take_results(Trainer* t) {
+    if (!t->stall_grows && saver_has_result(&t->saver)) warn_unless(t, finish_write, &t->saver);
+    if (saver_has_result(&t->copier)) warn_unless(t, finish_copy, &t->copier);
+}
+
+// Begins to write a checkpoint of the state as it is; without a copy of it in memory, training stands still until that
+// is done. One at a time: an earlier one is waited for; so is the copy of an earlier one, if this one is to be copied.
+static inline bool save(Trainer* t, bool to_durable, Error* err) {
+    Saver* saver = &t->saver;
+    double begun = seconds_now();
+    warn_unless(t, finish_save, saver);
+    if (to_durable) warn_unless(t, finish_copy, &t->copier);
+    flight_phase(PHASE_SAVE, t->state.step);
+    if (!prepare_saver(t, saver, &t->save_control, err)) return false;
+    if (to_durable) t->tried_step = t->state.step, t->save_started = seconds_now();
+    saver->gpt = t->gpt;
+    saver->tier = t->tier.directory[0] != '\0' ? &t->tier : NULL;
+    saver->copied = t->copier.busy ? t->copier.data.state.step : NO_STEP;
+    saver->to_durable = to_durable;
     saver_start(saver);
     bool ok = t->program->asynchronous || finish_save(t, err);
-    t->stall = seconds_now() - t->save_started, t->stall_grows = t->program->asynchronous;
+    t->stall = seconds_now() - begun, t->stall_grows = t->program->asynchronous;
     return ok;
 }
 
@@ -155,7 +224,8 @@ static inline double save_interval(const RunConfig* run, double stall, double wr
 
 // What this process asks of all of them behind the step that begins. The first one has the clock.
 static inline int step_requests(const Trainer* t) {
-    double interval = save_interval(&t->run, t->stall, t->saver.busy ? 0 : t->saver.seconds);
+    double writing = (t->saver.busy ? 0 : t->saver.seconds) + (t->copier.busy ? 0 : t->copier.seconds);
+    double interval = save_interval(&t->run, t->stall, writing);
     bool save = t->control.rank == 0 && seconds_now() - t->save_started >= interval;
     return (stop_requested() ? REQUEST_STOP : 0) | (save ? REQUEST_SAVE : 0);
 }
@@ -164,12 +234,13 @@ static inline int step_requests(const Trainer* t) {
 static inline bool save_last(Trainer* t, bool ok, Error* err) {
     bool diverged = err->code == EXIT_INTERNAL, tried = t->tried_step == t->state.step;
     Error why = {0, {0}};
-    if (diverged || !tried) finish_save_or_warn(t); // an earlier step's
+    if (diverged || !tried) finish_saves_or_warn(t); // an earlier step's
     if (diverged || t->saved_step == t->state.step) return ok;
     if (!ok && t->control.size > 1)
         return false; // what failed here did not on the others: nobody saves alone
-    if (!ok && tried && !t->saver.busy) return false; // what has failed is this
-    if ((t->saver.busy || save(t, &why)) && finish_save(t, &why)) return ok;
+    bool busy = t->saver.busy || t->copier.busy;
+    if (!ok && tried && !busy) return false; // what has failed is this
+    if ((busy || save(t, true, &why)) && finish_save(t, &why) && finish_copy(t, &why)) return ok;
     t->agreed = ok;
     if (ok)
         *err = why;
@@ -189,6 +260,7 @@ static inline bool is_due(int every, uint64_t step, bool last) {
 // What is to be done between a step and the next.
 typedef struct {
     bool report, save, evaluate, sample, rewind;
+    bool fast; // a checkpoint that stays in the fast tier
 } Due;
 
 static inline Due due_after_step(const Trainer* t, const StepResult* r) {
@@ -198,6 +270,7 @@ static inline Due due_after_step(const Trainer* t, const StepResult* r) {
     Due due;
     due.report = is_due(run->log.every, step, last) || t->alarm.what != NULL || r->layers != NULL;
     due.save = is_due(run->checkpoint.every, step, last) || (r->requests & REQUEST_SAVE) != 0;
+    due.fast = !due.save && is_due(run->checkpoint.fast_every, step, false);
     due.evaluate = t->validation.rows > 0 && is_due(run->eval.every, step, last);
     due.sample = run->sample.every > 0 && is_due(run->sample.every, step, last);
     due.rewind = false;
@@ -222,12 +295,12 @@ static inline bool after_step(Trainer* t, bool applied, Due* due, Error* err) {
             run->guard.max_skipped_steps, step, text);
     }
     double before = seconds_now();
-    if (due->save && !save(t, err)) {
+    if ((due->save || due->fast) && !save(t, due->save, err)) {
         if (step == (uint64_t)run->schedule.max_steps) return false;
         warn_of_no_checkpoint(t, step, err);
         memset(err, 0, sizeof *err);
     }
-    if (due->save) before = telemetry_spend(&t->telemetry, SPENT_CHECKPOINT, before);
+    if (due->save || due->fast) before = telemetry_spend(&t->telemetry, SPENT_CHECKPOINT, before);
     if (due->evaluate && !stop_alone(t) && !report_evaluation(t, err)) return false;
     if (due->evaluate) before = telemetry_spend(&t->telemetry, SPENT_EVAL, before);
     bool ok = !due->sample || t->control.rank > 0 || stop_alone(t) || report_samples(t, err);
@@ -281,7 +354,7 @@ static inline bool run_steps(Trainer* t, Prefetch* prefetch, bool* rewind, Error
     for (int done = 1; ok && t->state.step < max_steps && !stop; done++) {
         start_step(t);
         if (unreported) report_step(t, &r);
-        if (!t->stall_grows && saver_has_result(&t->saver)) finish_save_or_warn(t);
+        take_results(t);
         if (t->state.step + 1 < max_steps) ok = load_batch(t, prefetch, err);
         r = finish_step(t);
         r.seconds = seconds_now() - start; // the wait for data included
@@ -290,8 +363,8 @@ static inline bool run_steps(Trainer* t, Prefetch* prefetch, bool* rewind, Error
         telemetry_step(&t->telemetry, r.applied, r.seconds, stall);
         t->seconds_per_step += (done < 20 ? 1.0 / done : 0.05) * (r.seconds - t->seconds_per_step);
         Due due = due_after_step(t, &r);
-        bool at_once =
-            !t->program->asynchronous || due.save || due.evaluate || due.sample || t->alarm.what != NULL;
+        bool at_once = !t->program->asynchronous || due.save || due.fast || due.evaluate || due.sample ||
+                       t->alarm.what != NULL;
         unreported = due.report && !at_once;
         if (due.report && at_once) report_step(t, &r);
         ok = ok && after_step(t, r.applied, &due, err);
@@ -306,9 +379,10 @@ static inline bool run_steps(Trainer* t, Prefetch* prefetch, bool* rewind, Error
 static inline bool train_loop(Trainer* t, Error* err) {
     const Layout* l = &t->run.layout;
     bool ok, rewind = false;
+    if (t->tier.to_copy && !start_copy(t, &t->state, err)) return false;
     do { // once, and once more after each rewind
         Prefetch prefetch;
-        if (rewind) finish_save_or_warn(t); // it may be the one to go back to
+        if (rewind) finish_saves_or_warn(t); // it may be the one to go back to
         if (rewind && !guard_rewind(t, err)) return false;
         if (!prefetch_start(&prefetch, &t->train, t->state.rows, t->run.batch.global_batch_size,
                             t->run.batch.micro_batch_size, replica(l), num_replicas(l), PREFETCH_DEPTH, err))

@@ -22,15 +22,17 @@ typedef struct {
     Tokenizer tokenizer;
     char tokenizer_json[PATH_MAX]; // what checkpoints take along; "": no tokenizer
     int run_dir_fd;                // locked while training
-    Control control, save_control; // the other processes; those of the threads that write checkpoints
+    Control control, save_control,
+        copy_control; // the other processes; those of the threads that write checkpoints
     Watchdog watchdog;
     bool agreed; // on the error that ends the run: the first process says it
     DataLoader train, validation;
     int eot_id; // begins every document in the shards; -1: not known
     TrainState state;
     Alarm alarm; // of the last step
-    Saver saver;
-    uint64_t saved_step, tried_step; // of the newest checkpoint, and of the last attempt at one
+    FastTier tier;
+    Saver saver, copier;             // copier: from the fast tier to the run's directory
+    uint64_t saved_step, tried_step; // of the newest durable checkpoint, and of the last attempt at one
     double save_started;             // when; at first, when training was started
     double stall;     // seconds that the last save kept training from going on; 0: none is known
     bool stall_grows; // it goes on in the step that is now computed
@@ -42,10 +44,12 @@ typedef struct {
     double bits_per_byte;    // of the last evaluation; NaN before the first
 } Trainer;
 
+static const uint64_t NO_STEP = (uint64_t)-1;
+
 static inline void trainer_init(Trainer* t, const Program* program) {
     memset(t, 0, sizeof *t);
     t->program = program, t->gpt = program->gpt;
-    t->control.size = t->save_control.size = t->watchdog.control.size = 1;
+    t->control.size = t->save_control.size = t->copy_control.size = t->watchdog.control.size = 1;
     t->bits_per_byte = NAN, t->run_dir_fd = -1;
     metrics_init(&t->metrics);
     t->telemetry.style = console_style(stdout);
@@ -63,6 +67,7 @@ static inline void trainer_close(Trainer* t) {
     Error reported = {0, {0}};
     const Error none = {0, {0}};
     if (t->saver.busy) saver_finish(&t->saver, &reported);
+    if (t->copier.busy) saver_finish(&t->copier, &reported);
     watchdog_stop(&t->watchdog, &none);
     dataloader_close(&t->train);
     dataloader_close(&t->validation);
@@ -71,7 +76,7 @@ static inline void trainer_close(Trainer* t) {
     telemetry_stop(&t->telemetry);
     metrics_close(&t->metrics);
     if (t->run_dir_fd >= 0) close(t->run_dir_fd);
-    control_close(&t->control), control_close(&t->save_control);
+    control_close(&t->control), control_close(&t->save_control), control_close(&t->copy_control);
     free(t->config_json.data);
 }
 
@@ -98,14 +103,15 @@ static inline const char* checkpoints_directory(const Trainer* t, char out[PATH_
 
 static inline CheckpointData checkpoint_data(Trainer* t) {
     HostState host = gpt_host_state(t->gpt);
-    CheckpointData data = {&t->run.model,       host.params,       host.m,     host.v,   t->state,
-                           t->config_json.data, t->tokenizer_json, host.begin, host.end, &t->control};
+    CheckpointData data = {
+        &t->run.model,     host.params, host.m,   host.v,      t->state, t->config_json.data,
+        t->tokenizer_json, host.begin,  host.end, &t->control, NULL};
     return data;
 }
 
 enum WeightsFrom { WEIGHTS_NOWHERE, WEIGHTS_RUN, WEIGHTS_ELSEWHERE };
 
-// The newest checkpoint of the run; where there is none, checkpoint.load_from. Moments are read where there
+// The newest checkpoint of the run (training: of both tiers); where there is none, checkpoint.load_from. Moments are read where there
 // is memory for them, and start at zero with weights from elsewhere. t->state is what the checkpoint says,
 // zeros for a foreign model.
 static inline bool load_weights(Trainer* t, enum WeightsFrom* from, Error* err) {
@@ -115,7 +121,10 @@ static inline bool load_weights(Trainer* t, enum WeightsFrom* from, Error* err) 
     *from = WEIGHTS_NOWHERE;
     if (checkpoints_directory(t, directory, err) == NULL) return false;
     CheckpointData data = checkpoint_data(t);
-    if (!checkpoint_load_newest(directory, &data, &found, err)) return false;
+    bool fast = t->tier.directory[0] != '\0';
+    if (!(fast ? fast_load_newest(&t->tier, directory, &data, &found, err)
+               : checkpoint_load_newest(directory, &data, &found, err)))
+        return false;
     *from = found ? WEIGHTS_RUN : load_from[0] != '\0' ? WEIGHTS_ELSEWHERE : WEIGHTS_NOWHERE;
     if (*from == WEIGHTS_NOWHERE) return true;
     if (*from == WEIGHTS_ELSEWHERE) {
@@ -128,7 +137,10 @@ static inline bool load_weights(Trainer* t, enum WeightsFrom* from, Error* err) 
     gpt_from_host(t->gpt);
     t->state = data.state;
     if (t->control.rank == 0)
-        fprintf(stderr, "weights from %s, step %llu\n", found ? directory : load_from,
+        fprintf(stderr, "weights from %s, step %llu\n",
+                !found           ? load_from
+                : t->tier.loaded ? t->tier.directory
+                                 : directory,
                 (unsigned long long)t->state.step);
     return true;
 }
@@ -143,7 +155,7 @@ static inline bool load_or_init(Trainer* t, bool* resumed, Error* err) {
         memset(&t->state, 0, sizeof t->state);
         t->state.data_fingerprint = t->train.fingerprint;
     }
-    t->saved_step = t->state.step;
+    t->saved_step = t->tier.to_copy ? NO_STEP : t->state.step;
     if (t->state.data_fingerprint == t->train.fingerprint) return true;
     return fail(
         err, EXIT_CONFIG,

@@ -123,7 +123,7 @@ static inline void verify_shrink(RunConfig* run, const VerifyLayout* layouts, in
     run->optimizer.learning_rate = fmin(run->optimizer.learning_rate, 2e-4), run->optimizer.eps = 1e-4;
     run->checkpoint.every = 1, run->checkpoint.keep_last = VERIFY_STEPS + 1,
     run->checkpoint.permanent_every = 0;
-    run->checkpoint.load_from[0] = '\0';
+    run->checkpoint.load_from[0] = run->checkpoint.fast_dir[0] = '\0', run->checkpoint.fast_every = 0;
     run->log.every = 1, run->eval.every = 0, run->sample.every = 0;
     run->data.validation[0] = run->data.tokenizer[0] = '\0';
     run->parallel.autotune = run->parallel.cuda_graph = false, run->parallel.threads = 1;

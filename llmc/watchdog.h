@@ -79,7 +79,7 @@ typedef struct {
     Control control; // whose sockets are this thread's alone
     const RunConfig* run;
     GPT* gpt;
-    const Control *main, *saver; // the channels whose waiting it knows
+    const Control *main, *saver, *copier; // the channels whose waiting it knows
     Metrics* metrics;
     WatchMessage mine;
     WatchPeer* peers;        // of rank 0: one for each rank; of others: rank 0's
@@ -184,7 +184,8 @@ static inline void watch_self(Watchdog* w, double awake, bool look) {
     r->limit = known ? fmin(fmax(WATCH_TARDY * f->longest[r->phase], least), most) : most;
     r->late = r->age > r->limit;
     r->waits = __atomic_load_n(&w->main->waiting, __ATOMIC_RELAXED) ||
-               (r->phase == PHASE_SAVE && __atomic_load_n(&w->saver->waiting, __ATOMIC_RELAXED));
+               (r->phase == PHASE_SAVE && (__atomic_load_n(&w->saver->waiting, __ATOMIC_RELAXED) ||
+                                           __atomic_load_n(&w->copier->waiting, __ATOMIC_RELAXED)));
     r->looked = 0, r->num_open = 0;
     if (look || r->late)
         watch_looked(w, r);
@@ -561,7 +562,7 @@ static inline void* watch_main(void* argument) {
     return NULL;
 }
 
-// w->control is open; run, gpt, main, saver, metrics and mine.local_rank are set.
+// w->control is open; run, gpt, main, saver, copier, metrics and mine.local_rank are set.
 static inline bool watchdog_start(Watchdog* w, Error* err) {
     node_name(w->mine.host);
     w->peers = (WatchPeer*)calloc_check((size_t)watch_num_peers(w) + 1, sizeof *w->peers);

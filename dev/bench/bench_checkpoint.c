@@ -59,8 +59,8 @@ int main(int argc, char** argv) {
     model.num_attention_heads = model.num_key_value_heads = 12, model.head_dim = 64;
     model.intermediate_size = 3072, model.max_position_embeddings = 1024;
     Weights w = weights_new(&model);
-    CheckpointData data = {&model, w.params, w.m, w.v, {.step = 1}, "{}\n", NULL, 0, 0, NULL};
-    CheckpointData nothing = {&model, NULL, NULL, NULL, {0}, NULL, NULL, 0, 0, NULL};
+    CheckpointData data = {&model, w.params, w.m, w.v, {.step = 1}, "{}\n", NULL, 0, 0, NULL, NULL};
+    CheckpointData nothing = {&model, NULL, NULL, NULL, {0}, NULL, NULL, 0, 0, NULL, NULL};
     CHECK(path_join(plain, work, "plain", &err) && step_path(step, work, 1, "", &err));
     for (int round = 0; round < ROUNDS && err.code == 0; round++) {
         XXH128_hash_t sum = {0, 0};

@@ -6,8 +6,8 @@ set -u
 [ ! -w /dev/shm ] || export TMPDIR=${TMPDIR:-/dev/shm}
 . "$(dirname "$0")/tap.sh"
 trap 'mountpoint -q "$work/small" && umount "$work/small"; rm -rf "$work"' EXIT
-driver=$work/save_driver run=$work/run said=$work/said
-mkdir "$work/small"
+driver=$work/save_driver run=$work/run said=$work/said fast=$work/fast
+mkdir "$work/small" "$fast"
 
 die() { # `check` runs each test in a subshell, which this ends
     echo "$*"
@@ -20,7 +20,7 @@ compile() {
 
 # A run whose only checkpoint is of step 10.
 fresh_run() {
-    rm -rf "$run"
+    rm -rf "$run" "${fast:?}"/*
     cp -r "$work/base" "$run"
 }
 
@@ -34,6 +34,9 @@ examine() {
     [ "$("$driver" load "$run")" = 30 ] || die "$1: step 30 does not load"
     left=$(cd "$run" && echo *)
     [ "$left" = "${3:+$3 }step_00000030" ] || die "$1: left behind: $left"
+    [ -n "${FAST_DIR:-}" ] || return 0
+    left=$(cd "$fast"/run/rank* && echo *)
+    [[ "$left" =~ ^(step_000000[12]0 )?step_00000030$ ]] || die "$1: left in the tier: $left"
 }
 
 # ----------------------------------------------------------------------------
@@ -72,6 +75,8 @@ kill_at_every_call() { # STEP to save, steps that may be found then, [SYSCALL...
     done
     [ "$points" -gt 10 ] || die "only $points system calls seen"
 }
+
+env_fast() { FAST_DIR=$fast "$@"; }
 
 fail_every_call() { # ERRNO
     command=("$driver" save "$run" 20 1)
@@ -278,9 +283,13 @@ if strace -qq -o /dev/null -e inject=all:error=EIO:when=60000 true 2>/dev/null; 
         check "$code from every system call of a save: nothing lost, nothing silent" fail_every_call $code
     done
     check "everything is synced before it gets its name" synced_before_named
+    check "SIGKILL at every system call of a save through the fast tier" \
+        env_fast kill_at_every_call 20 "10 20" mkdir openat write fsync rename read close
+    check "ENOSPC from every system call of a save through the fast tier" env_fast fail_every_call ENOSPC
     check "a write that loses a byte unnoticed: the load finds it and falls back" \
         swallow_a_byte_of_every_write
     check "EIO from every system call of a load: never wrong weights" fail_every_read
+    check "the same of a load from the fast tier" env_fast fail_every_read
 else
     skip_test "kills and errors at every system call" "strace cannot trace here"
 fi

@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # A run that is hit again and again, while it trains and while it saves: one rank or all are killed, or told to stop.
 # It must always go on from a checkpoint that is not older than before, and end with the bits of a run that was left
-# alone. SOAK_FAULTS=200 is how often; SOAK_SECONDS=0 goes on for at least so long; SOAK_SEED draws the faults.
+# alone. Each start draws whether it has a fast tier of checkpoints. SOAK_FAULTS=200 is how often; SOAK_SECONDS=0 goes
+# on for at least so long; SOAK_SEED draws the faults.
 set -u
 . "$(dirname "$0")/tap.sh"
 export OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive LAUNCH_PATIENCE=20
 . dev/test/small_corpus.sh
 trap 'pkill -KILL -f "log.run_dir=$work/"; rm -rf "$work"' EXIT
+mkdir "$work/fast"
 ranks=2 faults=${SOAK_FAULTS:-200} seconds=${SOAK_SECONDS:-0}
 RANDOM=${SOAK_SEED:-$(date +%N | sed 's/^0*//')}
 settings=(batch.sequence_length=16 batch.micro_batch_size=1 batch.global_batch_size=2 schedule.warmup_steps=1
@@ -51,9 +53,11 @@ waits_inside() { waits 127.0.0.1 && ! grep -Evq "$loopback" <<<"$seen"; }
 check "with a master elsewhere rank 0 waits on all addresses" waits_outside
 check "with one on the loopback it waits there" waits_inside
 
-count=0 went_back=0 unexpected=0 saving=0 before=0 doors="" started=$SECONDS
+count=0 went_back=0 fast=0 unexpected=0 saving=0 before=0 doors="" started=$SECONDS
 while [ $count -lt "$faults" ] || [ $((SECONDS - started)) -lt "$seconds" ]; do
-    run hit schedule.max_steps=1000000 &
+    tier=()
+    [ $((RANDOM % 2)) -eq 0 ] || tier=(checkpoint.fast_dir="$work/fast" checkpoint.fast_every=1)
+    run hit schedule.max_steps=1000000 "${tier[@]}" &
     launch=$!
     pids=()
     while [ ${#pids[@]} -lt $ranks ]; do
@@ -78,6 +82,7 @@ while [ $count -lt "$faults" ] || [ $((SECONDS - started)) -lt "$seconds" ]; do
         echo "# fault $count: code $code: $(tail -n 1 "$work/hit.err")"
         ;;
     esac
+    ! grep -q "^weights from $work/fast" "$work/hit.err" || fast=$((fast + 1))
     now=$(newest hit)
     if [ "$now" -lt $before ]; then
         went_back=$((went_back + 1))
@@ -87,6 +92,7 @@ while [ $count -lt "$faults" ] || [ $((SECONDS - started)) -lt "$seconds" ]; do
 done
 check "$count faults, $saving of them during a save: no run lost" [ $unexpected -eq 0 ]
 check "no checkpoint lost: the newest is of step $before" [ $went_back -eq 0 ]
+check "$fast starts went on from the fast tier" [ $fast -gt $((count / 50)) ]
 check "it has got on" [ "$before" -ge $((count / 4)) ]
 check "nobody listened but on the loopback" [ -z "$doors" ]
 check "none was found damaged" sh -c "! ls '$work/hit/checkpoints' | grep -q bad"

@@ -140,6 +140,8 @@ static const struct {
      "run.json:20: schedule.warmup_steps is 71; the decay, 0.3 of 100 steps, leaves at most 70 for it"},
     {"\"log\"", "\"checkpoint\": {\"every\": 20, \"permanent_every\": 50}, \"log\"",
      "run.json:21: checkpoint.permanent_every is 50; it must be a multiple of checkpoint.every, 20"},
+    {"\"log\"", "\"checkpoint\": {\"every\": 20, \"fast_every\": 5}, \"log\"",
+     "run.json:21: checkpoint.fast_every is 5; checkpoint.fast_dir is empty: name a directory on a disk of each node"},
     {", \"validation\": \"v.bin\"", "}, \"eval\": {\"every\": 10",
      "run.json:13: eval.every is 10; data.validation is empty: name the shards to evaluate on"},
     {"\"log\"", "\"sample\": {\"every\": 10}, \"log\"",

@@ -243,6 +243,12 @@ static void checks_come_every_so_many_steps(void** state) {
     run.checkpoint.every = 4;
     for (s.step = 0; s.step < 12; s.step++)
         assert_int_equal(guard_orders(&s, &run).hash_weights, (s.step + 1) % 3 == 0 || (s.step + 1) % 4 == 0);
+    run.checkpoint.fast_every = 5;
+    for (s.step = 0; s.step < 12; s.step++) {
+        uint64_t next = s.step + 1;
+        assert_int_equal(guard_orders(&s, &run).hash_weights,
+                         next % 3 == 0 || next % 4 == 0 || next % 5 == 0);
+    }
     run.guard.check_every = 0;
     for (s.step = 0; s.step < 12; s.step++) assert_false(guard_orders(&s, &run).hash_weights);
     for (s.step = 0; s.step < 12; s.step++) assert_false(guard_orders(&s, &run).replay);

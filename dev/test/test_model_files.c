@@ -95,7 +95,7 @@ static Weights load_fixture(const char* name, char dir[PATH_MAX]) {
     path_in(config, dir, "config.json");
     if (!model_config_load(&model, config, &err)) fail_msg("%s", err.text);
     Weights w = weights_new(&model);
-    CheckpointData d = {&model, w.params, w.m, w.v, {.step = 1}, NULL, NULL, 0, 0, NULL};
+    CheckpointData d = {&model, w.params, w.m, w.v, {.step = 1}, NULL, NULL, 0, 0, NULL, NULL};
     if (!checkpoint_load(dir, &d, &err)) fail_msg("%s: %s", name, err.text);
     assert_int_equal(d.state.step, 0);
     for (size_t i = 0; i < w.count; i++) assert_true(w.m[i] == 0 && w.v[i] == 0);
@@ -112,7 +112,7 @@ static void test_fixtures_come_back(void** state) {
         ModelConfig again;
         Weights w = load_fixture(names[i], dir);
         path_in(out, work, names[i]);
-        CheckpointData d = {&w.model, w.params, NULL, NULL, {0}, NULL, NULL, 0, 0, NULL};
+        CheckpointData d = {&w.model, w.params, NULL, NULL, {0}, NULL, NULL, 0, 0, NULL, NULL};
         if (!checkpoint_export(out, &d, &err)) fail_msg("%s", err.text);
         WholeFile a = whole_file(dir, "model.safetensors"), b = whole_file(out, "model.safetensors");
         assert_same_tensors(&a, &b);
@@ -356,7 +356,7 @@ static void test_variants(void** state) {
         zero_vocabulary_padding(&model, w.params, 0, w.count);
         write_variant(dir, v, &w);
         Error err = {0, {0}};
-        CheckpointData d = {&model, loaded.params, NULL, NULL, {0}, NULL, NULL, 0, 0, NULL};
+        CheckpointData d = {&model, loaded.params, NULL, NULL, {0}, NULL, NULL, 0, 0, NULL, NULL};
         bool ok = checkpoint_load(dir, &d, &err);
         if (ok != (v->message == NULL) || (!ok && strstr(err.text, v->message) == NULL))
             fail_msg("%s: %s", v->name, ok ? "was accepted" : err.text);
@@ -375,7 +375,7 @@ static void test_absent_biases(void** state) {
     Weights w = weights_new(&model);
     weights_fill(&w, 1);
     path_in(dir, work, "absent");
-    CheckpointData d = {&model, w.params, NULL, NULL, {0}, NULL, NULL, 0, 0, NULL};
+    CheckpointData d = {&model, w.params, NULL, NULL, {0}, NULL, NULL, 0, 0, NULL, NULL};
     assert_true(checkpoint_export(dir, &d, &err));
     WholeFile f = whole_file(dir, "model.safetensors");
     const SafetensorsTensor* t;
@@ -416,7 +416,7 @@ static void test_written_shards(void** state) {
         assert_true(f.header.count == 1 || bytes <= LIMIT);
         whole_file_free(&f);
     }
-    CheckpointData d = {&model, loaded.params, NULL, NULL, {0}, NULL, NULL, 0, 0, NULL};
+    CheckpointData d = {&model, loaded.params, NULL, NULL, {0}, NULL, NULL, 0, 0, NULL, NULL};
     if (!checkpoint_load(dir, &d, &err)) fail_msg("%s", err.text);
     assert_memory_equal(loaded.params, w.params, w.count * 4);
     manifest_free(&manifest);
@@ -455,7 +455,7 @@ static void test_not_a_model(void** state) {
     char dir[PATH_MAX];
     ModelConfig model = tiny_model(0);
     Weights w = weights_new(&model);
-    CheckpointData d = {&model, w.params, NULL, NULL, {0}, NULL, NULL, 0, 0, NULL};
+    CheckpointData d = {&model, w.params, NULL, NULL, {0}, NULL, NULL, 0, 0, NULL, NULL};
     Error none = {0, {0}}, pickle = {0, {0}};
     path_in(dir, work, "nothing");
     assert_false(checkpoint_load(dir, &d, &none));
@@ -484,7 +484,7 @@ static void test_export(void** state) {
     spill(work, "t.json", text, strlen(text));
     path_in(tokenizer, work, "t.json");
     snprintf(dir, sizeof dir, "%s/new/and/deep///", work);
-    CheckpointData d = {&model, w.params, w.m, w.v, {0}, "{}", tokenizer, 0, 0, NULL};
+    CheckpointData d = {&model, w.params, w.m, w.v, {0}, "{}", tokenizer, 0, 0, NULL, NULL};
     if (!checkpoint_export(dir, &d, &err)) fail_msg("%s", err.text);
     static const struct {
         const char *name, *text;
