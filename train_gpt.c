@@ -544,10 +544,14 @@ void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_st
         measure_buckets(g, LAYER_GRAD_NORM, g->grads);
         memcpy(g->old_params, g->params, g->layout.num_parameters * sizeof(real));
     }
-    if (r.applied)
+    double start = seconds_now();
+    size_t bytes = update_bytes(g->layout.num_parameters, sizeof(real), sizeof(real), sizeof(real));
+    if (r.applied) {
         gpt_update(g, run, lr, grad_scale, applied_steps + 1);
-    else
+        r.update_rate = (double)bytes / (seconds_now() - start);
+    } else {
         memset(g->grads, 0, g->layout.num_parameters * sizeof(real));
+    }
     if (measured) r.layers = finish_measuring(g, num_targets * g->config.hidden_size);
     g->result = r;
 }

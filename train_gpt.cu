@@ -27,6 +27,7 @@
 #include "llmc/cuda_common.cuh"      // defines: floatX, CUDA_CHECK
 #include "llmc/device.cuh"           // defines: Device, device_open
 #include "llmc/embedding.cuh"        // defines: embedding_forward, embedding_backward
+#include "llmc/flops.h"              // defines: update_bytes
 #include "llmc/global_norm.cuh"      // defines: global_norm_squared, add_sum
 #include "llmc/layer_norms.cuh"      // defines: LayerMeter, meter_begin, meter_update ...
 #include "llmc/matmul.cuh"           // defines: Matmul, matmul_forward, matmul_backward ...
@@ -203,8 +204,9 @@ struct GPT {
     cudaStream_t stream, copy_stream;
     cudaEvent_t step_done, snapshot_done;
     cudaEvent_t step_begun, own_work_done; // until others are waited for
-    int *step_batch[2], *eval_batch;       // pinned: the micro-batches of this step and of the next; one more
-    int *order_counts, *starts;            // scratch of token_order and of document_starts
+    cudaEvent_t update_begun, update_ended;
+    int *step_batch[2], *eval_batch; // pinned: the micro-batches of this step and of the next; one more
+    int *order_counts, *starts;      // scratch of token_order and of document_starts
     int step_slot, step_micro_batches;
     float* host_losses;        // (cp, N) pinned
     float* row_losses;         // (B, cp T): the same, as rows
@@ -578,7 +580,7 @@ template <typename Grad> static Parameters<Grad> gradients_of(GPT* g, int l) {
 
 static void hand_over(GPT* g, cudaStream_t from, cudaStream_t to) {
     CUDA_CHECK(cudaEventRecord(g->hand_over, from));
-    CUDA_CHECK(cudaStreamWaitEvent(to, g->hand_over, 0));
+    comm_wait(&g->comm, to, g->hand_over);
 }
 
 // ZeRO 3: begins to gather a bucket's weights, unless they are there.
@@ -596,8 +598,8 @@ static void fetch_weights(GPT* g, int b) {
 static void use_weights(GPT* g, int b, int next) {
     if (g->place.dp_size == 1) return;
     fetch_weights(g, b);
-    CUDA_CHECK(cudaStreamWaitEvent(
-        g->stream, g->zero == ZERO_PARAMETERS ? window_of(g, b)->gathered : g->weights_ready[b], 0));
+    comm_wait(&g->comm, g->stream,
+              g->zero == ZERO_PARAMETERS ? window_of(g, b)->gathered : g->weights_ready[b]);
     if (next != b && next > 0 && next < num_buckets(g) - 1) fetch_weights(g, next);
 }
 static void done_with_weights(GPT* g, int b) {
@@ -622,7 +624,7 @@ static void gather_weights(GPT* g, int b) {
 static void begin_gradients(GPT* g, int b) {
     Window* w = window_of(g, b);
     if (!g->grad_windows) return;
-    CUDA_CHECK(cudaStreamWaitEvent(g->stream, w->grads_summed, 0));
+    comm_wait(&g->comm, g->stream, w->grads_summed);
     CUDA_CHECK(cudaMemsetAsync(w->grads, 0, bucket_at(g, b).size * gradient_bytes(g), g->stream));
 }
 
@@ -1037,7 +1039,7 @@ static void receive_from(GPT* g, enum Link link, floatX* data, int axis, int fro
     CUDA_CHECK(cudaStreamWaitEvent(g->links[link], free, 0));
     comm_receive(&g->comm, axis, data, n, from, g->links[link]);
     CUDA_CHECK(cudaEventRecord(done, g->links[link]));
-    CUDA_CHECK(cudaStreamWaitEvent(g->stream, done, 0));
+    comm_wait(&g->comm, g->stream, done);
 }
 
 static int stage_after(const GPT* g) { return (g->place.pp + 1) % g->place.pp_size; }
@@ -1080,7 +1082,7 @@ template <typename Grad> static void backward_pass(GPT* g, const Pass* pass) {
     size_t n = shard_rows(g) * model_dim(&g->config, DIM_HIDDEN);
     int before = stage_before(g), after = stage_after(g), turn = g->place.pp_size > 1 ? g->passes++ % 2 : 0;
     g->dresidual = g->residual_gradients[turn];
-    if (g->place.pp_size > 1) CUDA_CHECK(cudaStreamWaitEvent(g->stream, g->gradient_free[turn], 0));
+    if (g->place.pp_size > 1) comm_wait(&g->comm, g->stream, g->gradient_free[turn]);
     if (!pass->head)
         receive_from(g, GRADIENTS_IN, g->dresidual, link_axis(g, AXIS_BACKWARD, g->place.pp), after, n,
                      g->gradient_free[turn], g->gradient_received[turn]);
@@ -1270,6 +1272,7 @@ static void update_launch(GPT* g, const RunConfig* run, double num_targets, Step
     update_control(g->control, num_targets, guard, run->optimizer.grad_clip, run->optimizer.beta1,
                    run->optimizer.beta2, g->stream);
     CUDA_CHECK(cudaStreamWaitEvent(g->stream, g->snapshot_done, 0)); // weights may still be being copied
+    CUDA_CHECK(cudaEventRecord(g->update_begun, g->stream));
     for (int b = 0; b < num_buckets(g); b++) {
         Slice s = state_slice(g, b);
         size_t share = bucket_at(g, b).size / (size_t)l->dp_size, begin = share * (size_t)l->dp - s.first;
@@ -1283,6 +1286,7 @@ static void update_launch(GPT* g, const RunConfig* run, double num_targets, Step
                                        g->stream));
         gather_weights(g, b);
     }
+    CUDA_CHECK(cudaEventRecord(g->update_ended, g->stream));
     meter_collect(&g->meter, &g->comm, g->stream);
     comm_end_compute(&g->comm, record, g->stream);
 }
@@ -1307,6 +1311,7 @@ void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_st
     double num_targets = (double)g->step_micro_batches * (double)rows_of(g) * g->place.dp_size;
     nvtxRangePushA("step");
     CUDA_CHECK(cudaEventRecord(g->step_begun, g->stream));
+    exposed_begin_step(&g->comm.exposed);
     g->hashed = guard.hash_weights && g->hashes != NULL;
     g->replayed = guard.replay && g->replay.words != NULL;
     // which does not measure; and both runs of a step that is computed twice launch the same kernels
@@ -1326,19 +1331,38 @@ void gpt_start_step(GPT* g, const RunConfig* run, double lr, uint64_t applied_st
     nvtxRangePop();
 }
 
+static double seconds_between(cudaEvent_t begin, cudaEvent_t end) {
+    float milliseconds;
+    CUDA_CHECK(cudaEventElapsedTime(&milliseconds, begin, end));
+    return 1e-3 * (double)milliseconds;
+}
+
+// Read and written between the two events of the update, which other ranks' slices of gradients are set to zero in, too.
+static size_t bytes_of_update(const GPT* g) {
+    size_t bytes = 0, grad = gradient_bytes(g), rest = g->remainder != NULL ? sizeof *g->remainder : 0;
+    for (int b = 0; b < num_buckets(g); b++) {
+        size_t mine = state_slice(g, b).size, all = bucket_at(g, b).size;
+        bytes += update_bytes(mine, sizeof(floatX) + rest, grad, moment_bytes(g));
+        bytes += !g->grad_windows && mine != all ? all * grad : 0;
+    }
+    return bytes;
+}
+
 StepResult gpt_finish_step(GPT* g) {
     StepResult r;
     CUDA_CHECK(cudaEventSynchronize(g->step_done));
-    float own;
     memset(&r, 0, sizeof r);
-    CUDA_CHECK(cudaEventElapsedTime(&own, g->step_begun, g->own_work_done));
-    flight_own_work(1e-3 * (double)own);
+    flight_own_work(seconds_between(g->step_begun, g->own_work_done));
+    r.device_seconds = seconds_between(g->step_begun, g->step_done);
+    r.exposed_share = exposed_share(&g->comm.exposed, r.device_seconds);
     r.loss = g->host_control->loss, r.grad_norm = g->host_control->grad_norm;
     r.applied = g->host_control->applied != 0;
+    r.layers = meter_result(&g->meter);
+    double seconds = seconds_between(g->update_begun, g->update_ended);
+    if (r.applied && r.layers == NULL && seconds > 0) r.update_rate = (double)bytes_of_update(g) / seconds;
     r.requests = requests_of_sum(g->host_control->sums.requests);
     r.hashes = g->hashed ? g->host_words : NULL;
     r.replay = g->replayed ? g->host_words + g->place.size : NULL;
-    r.layers = meter_result(&g->meter);
     return r;
 }
 
@@ -1449,11 +1473,11 @@ static void for_event(cudaEvent_t* event, bool create, unsigned flags = cudaEven
 }
 
 static void for_events(GPT* g, bool create) {
-    cudaEvent_t* events[] = {&g->step_done, &g->snapshot_done, &g->hand_over,
-                             &g->tp.ready,  &g->cp.ready,      &g->cp.gathered};
+    cudaEvent_t* events[] = {&g->snapshot_done, &g->hand_over, &g->tp.ready, &g->cp.ready, &g->cp.gathered};
+    cudaEvent_t* timed[] = {&g->step_begun, &g->own_work_done, &g->update_begun, &g->update_ended,
+                            &g->step_done};
     for (size_t i = 0; i < sizeof events / sizeof events[0]; i++) for_event(events[i], create);
-    for_event(&g->step_begun, create, cudaEventDefault),
-        for_event(&g->own_work_done, create, cudaEventDefault);
+    for (size_t i = 0; i < sizeof timed / sizeof timed[0]; i++) for_event(timed[i], create, cudaEventDefault);
     for (int k = 0; k < TP_PIECES; k++) for_event(&g->tp.arrived[k], create);
     for (int b = 0; b < num_buckets(g); b++) for_event(&g->weights_ready[b], create);
     for (int i = 0; i < 2; i++)
@@ -1521,7 +1545,9 @@ bool gpt_create(GPT* g, const RunConfig* run, int B, int T, bool training, Error
 }
 
 bool gpt_connect(GPT* g, Control* control, Error* err) {
-    return comm_open(&g->comm, &g->place, kv_replicas(&g->run->model, &g->place), control, err);
+    if (!comm_open(&g->comm, &g->place, kv_replicas(&g->run->model, &g->place), control, err)) return false;
+    g->comm.exposed.stream = g->place.size > 1 ? g->stream : NULL;
+    return true;
 }
 
 void gpt_look(GPT* g, uint8_t progress[FLIGHT_RECORDS]) {

@@ -1,10 +1,11 @@
 // Communication between ranks. Every call goes through here, returns at once where its group has one rank, and
 // leaves a record of what it was (flight.h, which also says what the groups are). Events on both sides of each
-// operation tell the watchdog how far the device has got.
+// operation tell the watchdog how far the device has got, those around what computing waits for how long it waits.
 //
 // Buffers of collectives are in place: a rank's part lies where it is in the whole.
 #pragma once
 #include "llmc/cuda_common.cuh" // defines: CUDA_CHECK
+#include "llmc/exposed.cuh"     // defines: Exposed, exposed_begin, exposed_end
 #include "llmc/flight.h"        // defines: Axis, axis_color, flight, flight_record
 #include "llmc/replay.cuh"      // defines: Replay, replay_point
 #include "llmc/rendezvous.h"    // defines: Control, control_broadcast
@@ -31,6 +32,7 @@ typedef struct {
     bool together;       // between comm_begin and comm_end
     uint64_t open_since; // flight records at comm_begin
     Replay* replay;      // of passes that are computed twice: what is handed over is hashed; else NULL
+    Exposed exposed;
 } Comm;
 
 // ----------------------------------------------------------------------------
@@ -74,8 +76,18 @@ static inline void comm_run(Comm* c, int axis, const char* what, size_t bytes, i
     int i = flight_record(axis, what, bytes, peer);
     c->streams[i] = stream;
     comm_mark(c, &c->before[i], stream);
+    exposed_begin(&c->exposed, stream);
     call(c->group[axis].comm);
-    if (!c->together) comm_mark(c, &c->behind[i], stream);
+    if (c->together) return;
+    exposed_end(&c->exposed, stream);
+    comm_mark(c, &c->behind[i], stream);
+}
+
+// `stream` goes on when the event was reached in another one, which communicates.
+static inline void comm_wait(Comm* c, cudaStream_t stream, cudaEvent_t event) {
+    exposed_begin(&c->exposed, stream);
+    CUDA_CHECK(cudaStreamWaitEvent(stream, event, 0));
+    exposed_end(&c->exposed, stream);
 }
 
 // A computation begins in the stream, and ends.
@@ -152,6 +164,7 @@ static inline void comm_begin(Comm* c) {
 static inline void comm_end(Comm* c) {
     if (c->group[AXIS_WORLD].size == 1) return;
     NCCL_CHECK(c, ncclGroupEnd());
+    exposed_end(&c->exposed, c->exposed.stream);
     uint64_t end = flight()->count,
              first = end - c->open_since > FLIGHT_RECORDS ? end - FLIGHT_RECORDS : c->open_since;
     for (uint64_t k = first; k < end; k++)
@@ -227,6 +240,7 @@ static inline void comm_close(Comm* c) {
     for (int i = AXIS_STATE - 1; i >= 0; i--)
         if (c->group[i].comm != NULL) NCCL_CHECK(c, ncclCommDestroy(c->group[i].comm));
 #endif
+    exposed_free(&c->exposed);
     for (int i = 0; i < FLIGHT_RECORDS; i++) {
         if (c->before[i] != NULL) CUDA_CHECK(cudaEventDestroy(c->before[i]));
         if (c->behind[i] != NULL) CUDA_CHECK(cudaEventDestroy(c->behind[i]));

@@ -112,7 +112,7 @@ static inline bool command_train(Trainer* t, const char* argument, Error* err) {
             ((finished || write_run_config(t, err)) && metrics_open(&t->metrics, run->log.run_dir, err));
     if (!agree(t, err) || !ready) return false;
     t->peak_flops = gpt_peak_flops(&t->run);
-    if (first) telemetry_start(&t->telemetry, t->metrics.path, t->state.step);
+    telemetry_start(&t->telemetry, run, first ? t->metrics.path : NULL, t->state.step, t->local_rank == 0);
     if (first && run->log.tensorboard)
         tensorboard_open(&t->metrics.tensorboard, run->log.run_dir, t->state.step);
     if (first) metrics_in_background(&t->metrics);
@@ -236,6 +236,27 @@ static inline bool command_config(Trainer* t, const char* argument, Error* err) 
     return true;
 }
 
+// One value, as it is: a script need not take JSON apart.
+static inline bool command_knob(Trainer* t, const char* argument, Error* err) {
+    char name[80];
+    String value = {NULL, 0, 0};
+    for (int i = 0; i < NUM_KNOBS && value.data == NULL; i++) {
+        const Knob* k = &knobs[i];
+        snprintf(name, sizeof name, "%s%s%s", k->section, k->section[0] != '\0' ? "." : "", k->key);
+        if (strcmp(name, argument) != 0) continue;
+        if (k->type == KNOB_TEXT)
+            string_append(&value, "%s", (const char*)&t->run + k->offset);
+        else
+            append_knob(&value, &t->run, k);
+    }
+    if (value.data == NULL)
+        return fail(err, EXIT_USAGE, "knob: %s is no key of a run config; `help config` lists them",
+                    argument);
+    printf("%s\n", value.data);
+    free(value.data);
+    return true;
+}
+
 static inline bool command_layouts(Trainer* t, const char* argument, Error* err) {
     enum { CHOICES = 512 };
     int size = (int)strtol(argument, NULL, 10), count = CHOICES;
@@ -276,6 +297,7 @@ static const Command commands[] = {
     {"train", command_train, NULL, "train, or resume if a checkpoint is there (the word may be left out)"},
     {"plan", command_plan, NULL, "say what it would take: parameters, FLOPs, memory, time"},
     {"config", command_config, NULL, "print the run config as it is resolved, as JSON"},
+    {"knob", command_knob, "KEY", "print one value of it, as it is: log.run_dir, say"},
     {"eval", command_eval, NULL, "loss, perplexity and bits per byte on data.validation, as JSON"},
     {"sample", command_sample, NULL, "generate text from sample.prompt"},
     {"export", command_export, "OUT_DIR", "write a Hugging Face model directory"},
@@ -426,6 +448,19 @@ static inline bool find_place(Trainer* t, const Command* command, bool training,
     return layout_resolve(run, t->control.rank, size, err) && gpt_resolve(run, training, err);
 }
 
+#define SAME_ERROR_SECONDS 10.0
+// What is wrong on the command line or in a run config is so on all processes, word for word: they meet over it, and the
+// first one says it. One that reads another file, or none, meets nobody and says so.
+static inline void end_before_meeting(const Launch* launch, const Error* err) {
+    Control control;
+    Error alone = {0, {0}};
+    if (launch->rank == 0) say_error(err);
+    bool met = control_open(&control, launch, err->text, SAME_ERROR_SECONDS, &alone);
+    control_close(&control);
+    if (launch->rank > 0 && !met) say_error(err);
+    exit(err->code);
+}
+
 static inline int run_with_config(const Program* program, const Command* command, const Launch* launch,
                                   int argc, char** argv) {
     static Trainer trainer;
@@ -436,8 +471,9 @@ static inline int run_with_config(const Program* program, const Command* command
     bool training =
         command->run != command_eval && command->run != command_sample && command->run != command_export;
     trainer_init(&trainer, program);
-    if (!config_load(run, argv[0], argc - used, argv + used, &err)) exit_with(&err);
+    if (!config_load(run, argv[0], argc - used, argv + used, &err)) end_before_meeting(launch, &err);
     if (command->run == command_train) run_state_watch(run->log.run_dir);
+    trainer.local_rank = launch->local_rank;
     gpt_choose_device(launch->local_rank);
     if (!meet(&trainer, launch, &err)) exit_with(&err);
     bool ok = watch(&trainer, command, launch, &err) && find_place(&trainer, command, training, &err);
@@ -469,12 +505,12 @@ static inline int program_main(const Program* program, int argc, char** argv) {
         break;
     }
     if (argc > 0 && strchr(argv[0], '.') == NULL && access(argv[0], R_OK) != 0) {
-        fprintf(stderr, "error: %s is neither a command nor a run config; %s --help lists the commands\n",
-                argv[0], name);
-        return EXIT_USAGE;
+        fail(&err, EXIT_USAGE, "%s is neither a command nor a run config; %s --help lists the commands",
+             argv[0], name);
+        end_before_meeting(&launch, &err);
     }
     if (argc < (command->argument != NULL ? 2 : 1)) {
-        print_usage(stderr, name);
+        if (launch.rank == 0) print_usage(stderr, name);
         return EXIT_USAGE;
     }
     return run_with_config(program, command, &launch, argc, argv);

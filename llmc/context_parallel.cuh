@@ -9,7 +9,7 @@
 // one, and all ranks have as much to do (llmc/positions.h). Source: gathered keys and values, Llama 3, arXiv 2407.21783,
 // section 3.3.2.
 #pragma once
-#include "llmc/comm.cuh"    // defines: Comm, comm_all_gather, comm_reduce_scatter
+#include "llmc/comm.cuh"    // defines: Comm, comm_all_gather, comm_reduce_scatter, comm_wait
 #include "llmc/positions.h" // defines: Positions, positions_of, position_at
 
 typedef struct {
@@ -69,7 +69,7 @@ static inline void begin_gathering_keys(ContextParallel* cp, floatX* qkv, int B,
 
 // (B, cp T, columns), from here on; NULL: they are where they were computed.
 static inline const floatX* gathered_keys(ContextParallel* cp) {
-    if (cp->size > 1) CUDA_CHECK(cudaStreamWaitEvent(cp->stream, cp->gathered, 0));
+    if (cp->size > 1) comm_wait(cp->comm, cp->stream, cp->gathered);
     return cp->keys;
 }
 

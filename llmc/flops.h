@@ -1,4 +1,4 @@
-// How many floating-point operations a token costs. Plain C.
+// How many floating-point operations a token costs, and bytes an update. Plain C.
 //
 // A multiply-add is two. Training costs three forward passes (forward, gradient of the inputs, gradient of
 // the weights). Two conventions are in use for attention, and a utilisation means nothing without the name:
@@ -41,4 +41,10 @@ static inline double flops_recomputed(const RunConfig* run) {
     int blocks = c->num_hidden_layers - (run->layout.pp_size == 1 ? 1 : 0);
     if (run->batch.recompute != RECOMPUTE_BLOCK) return 0;
     return blocks * (2 * weights + 2.0 * run->batch.sequence_length * heads);
+}
+
+// Bytes that AdamW must read and write for n parameters, from the bytes of each one's fp32 weight in all its parts, of
+// its gradient, which becomes zero, and of one of its two moments.
+static inline size_t update_bytes(size_t n, size_t weight, size_t gradient, size_t moment) {
+    return 2 * n * (weight + gradient + 2 * moment);
 }

@@ -134,20 +134,24 @@ static inline void append_gauge(String* out, const char* key, double value) {
     string_append(out, isfinite(value) ? "%.15g\n" : "NaN\n", value);
 }
 
-// A reader finds this file or the one before; after a power cut there may be none.
-static inline void metrics_write_textfile(Metrics* m) {
+// A reader finds this file or the one before; after a power cut there may be none. path becomes "" where it cannot be
+// written: it is said once.
+static inline void textfile_write(char path[PATH_MAX], const String* gauges) {
     char temporary[PATH_MAX + 8];
-    if (m->textfile[0] == '\0' || m->gauges.size == 0) return;
-    snprintf(temporary, sizeof temporary, "%s.tmp", m->textfile);
+    snprintf(temporary, sizeof temporary, "%s.tmp", path);
     int fd = open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-    bool ok = fd >= 0 && write_all(fd, m->gauges.data, m->gauges.size);
+    bool ok = fd >= 0 && write_all(fd, gauges->data, gauges->size);
     if (fd >= 0) ok = close(fd) == 0 && ok;
-    m->gauges.size = 0, m->textfile_written = seconds_now();
-    if (ok && rename(temporary, m->textfile) == 0) return;
-    fprintf(stderr, "warning: cannot write %s: %s; training goes on without it\n", m->textfile,
-            strerror(errno));
+    if (ok && rename(temporary, path) == 0) return;
+    fprintf(stderr, "warning: cannot write %s: %s; training goes on without it\n", path, strerror(errno));
     unlink(temporary);
-    m->textfile[0] = '\0';
+    path[0] = '\0';
+}
+
+static inline void metrics_write_textfile(Metrics* m) {
+    if (m->textfile[0] == '\0' || m->gauges.size == 0) return;
+    textfile_write(m->textfile, &m->gauges);
+    m->gauges.size = 0, m->textfile_written = seconds_now();
 }
 
 // Once a second, as nobody reads it more often: ext4 begins to write a file that replaces another to the

@@ -24,9 +24,11 @@ enum StepRequest { REQUEST_STOP = 1, REQUEST_SAVE = 2 };
 // A step's outcome; lr and seconds are the loop's.
 typedef struct {
     double loss, grad_norm, lr, seconds;
-    bool
-        applied; // false: loss or gradient norm was rejected, or the replay deviated; the weights are as before
-    int requests; // StepRequests of some process
+    double device_seconds; // of these, the device's; 0: the host computes itself
+    double exposed_share;  // of the device's seconds, those for which computing waited for other processes
+    double update_rate;    // bytes a second that the optimizer read and wrote; 0: not known
+    bool applied;          // false: the guard rejected the step, and the weights are as before
+    int requests;          // StepRequests of some process
     const uint64_t*
         hashes; // of the weights of each rank before the update, until the next step; NULL: none were made
     const uint64_t*

@@ -6,21 +6,30 @@
 #include "llmc/console.h"      // defines: Style, console_style
 #include "llmc/flops.h"        // defines: flops_per_token, flops_recomputed
 #include "llmc/nvml.h"         // defines: Nvml, nvml_start, nvml_event, nvml_stop
-#include "llmc/program.h"      // defines: gpt_print_device, gpt_bus_id
+#include "llmc/program.h"      // defines: StepResult, gpt_print_device, gpt_bus_id
 
-// What training stands still for. The wait for data is the host's, beside the device's work where there is
-// one: an upper bound.
-enum Spent { SPENT_DATA, SPENT_CHECKPOINT, SPENT_EVAL, SPENT_SAMPLE, NUM_SPENT };
-static const char* const spent_keys[NUM_SPENT] = {"data_seconds", "checkpoint_stall_seconds", "eval_seconds",
-                                                  "sample_seconds"};
+// No second counts twice. What is not here is the host's: it starts steps, and says what they were.
+enum Spent {
+    SPENT_COMPUTE,    // on the device, or by the host where there is none
+    SPENT_EXPOSED,    // the device waited for other processes
+    SPENT_DATA,       // for data, and had nothing else to do
+    SPENT_CHECKPOINT, // training stood still for these
+    SPENT_EVAL,
+    SPENT_SAMPLE,
+    NUM_SPENT
+};
+static const char* const spent_keys[NUM_SPENT] = {"compute_seconds", "exposed_comm_seconds",
+                                                  "data_seconds",    "checkpoint_stall_seconds",
+                                                  "eval_seconds",    "sample_seconds"};
 
 typedef struct {
     const Style* style;
     Nvml* nvml;              // NULL: there is no GPU to ask
     double first_start;      // of the run, Unix time
     double productive;       // seconds of the steps that count, in all launches
-    double line;             // when the step line before was written
-    double spent[NUM_SPENT]; // since then
+    double line, booked;     // until when the step line before has booked time; until when it is booked now
+    double spent[NUM_SPENT]; // since that line
+    double waited;           // by the host for rows, since the step before ended
 } Telemetry;
 
 static inline double unix_time(void) {
@@ -59,8 +68,8 @@ static inline void telemetry_resume(Telemetry* y, const char* log_path, uint64_t
     char first[256] = {0};
     struct stat st;
     int fd = open(log_path, O_RDONLY | O_CLOEXEC);
-    y->first_start = unix_time(), y->productive = 0;
-    y->line = seconds_now();
+    y->first_start = unix_time(), y->productive = y->waited = 0;
+    y->line = y->booked = seconds_now();
     memset(y->spent, 0, sizeof y->spent);
     if (fd < 0) return;
     if (pread(fd, first, sizeof first - 1, 0) > 0) line_number(first, "\"time\":", &y->first_start);
@@ -74,17 +83,24 @@ static inline void telemetry_resume(Telemetry* y, const char* log_path, uint64_t
     close(fd);
 }
 
-// After each step: how much of its time counts, and how much longer a checkpoint beside it made it.
-static inline void telemetry_step(Telemetry* y, bool applied, double seconds, double stall) {
-    if (applied) y->productive += seconds - stall;
+// After each step: what its seconds were, `stall` of them because of a checkpoint beside it.
+static inline void telemetry_step(Telemetry* y, const StepResult* r, double stall) {
+    double left = r->seconds - stall;
+    double device = r->device_seconds > 0 ? r->device_seconds : r->seconds - y->waited;
+    double work = fmax(0, fmin(left, device)), idle = fmax(0, left - work);
+    if (r->applied) y->productive += left;
+    y->spent[SPENT_EXPOSED] += r->exposed_share * work;
+    y->spent[SPENT_COMPUTE] += (1 - r->exposed_share) * work;
     y->spent[SPENT_CHECKPOINT] += stall;
+    y->spent[SPENT_DATA] += fmin(y->waited, idle); // else it was beside the device's work
+    y->booked = seconds_now(), y->waited = 0;
 }
 
 // Books the time since `since`; returns now.
 static inline double telemetry_spend(Telemetry* y, enum Spent what, double since) {
-    double now = seconds_now();
-    y->spent[what] += now - since;
-    return now;
+    y->booked = seconds_now();
+    y->spent[what] += y->booked - since;
+    return y->booked;
 }
 
 static inline double goodput(const Telemetry* y) {
@@ -110,13 +126,12 @@ static inline void event_rates(String* line, const RunConfig* run, double tokens
 }
 
 static inline void event_times(String* line, Telemetry* y) {
-    double now = seconds_now();
-    event_number(line, "interval_seconds", now - y->line);
+    event_number(line, "interval_seconds", y->booked - y->line);
     for (int i = 0; i < NUM_SPENT; i++) event_number(line, spent_keys[i], round(1e6 * y->spent[i]) / 1e6);
     event_number(line, "productive_seconds", y->productive);
     event_number(line, "goodput", goodput(y));
     nvml_event(y->nvml, line);
-    y->line = now;
+    y->line = y->booked;
     memset(y->spent, 0, sizeof y->spent);
 }
 
@@ -151,11 +166,25 @@ static inline void event_launch(String* line, const RunConfig* run, double peak)
 
 // ----------------------------------------------------------------------------
 
-// Training begins, or goes on, in the process that writes the log.
-static inline void telemetry_start(Telemetry* y, const char* log_path, uint64_t step) {
-    char bus_id[32];
-    telemetry_resume(y, log_path, step);
-    if (gpt_bus_id(bus_id)) y->nvml = nvml_start(bus_id);
+// RUN_DIR/metrics_NODE.RANK.prom, by one rank of each node: nodes may have one name. False: the path is too long.
+static inline bool node_textfile(char out[PATH_MAX], const char* run_dir, int rank) {
+    char node[64], name[128];
+    Error none = {0, {0}};
+    node_name(node);
+    for (char* at = node; *at != '\0'; at++) *at = *at == '/' ? '_' : *at;
+    snprintf(name, sizeof name, "metrics_%s.%d.prom", node, rank);
+    return path_join(out, run_dir, name, &none);
+}
+
+// Training begins, or goes on. log_path: of the process that writes the log, else NULL. of_node: this one writes what
+// all GPUs of its node say, too.
+static inline void telemetry_start(Telemetry* y, const RunConfig* run, const char* log_path, uint64_t step,
+                                   bool of_node) {
+    char bus_id[32], textfile[PATH_MAX];
+    if (!of_node || !node_textfile(textfile, run->log.run_dir, run->layout.rank)) textfile[0] = '\0';
+    if (log_path != NULL) telemetry_resume(y, log_path, step);
+    if ((log_path != NULL || textfile[0] != '\0') && gpt_bus_id(bus_id))
+        y->nvml = nvml_start(bus_id, textfile);
 }
 
 static inline void telemetry_stop(Telemetry* y) {

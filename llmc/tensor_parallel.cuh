@@ -11,7 +11,7 @@
 //
 // Sources: Megatron-LM, arXiv 1909.08053, section 3; sequence parallelism, arXiv 2205.05198, section 4.2.
 #pragma once
-#include "llmc/comm.cuh"   // defines: Comm, comm_all_gather, comm_reduce_scatter
+#include "llmc/comm.cuh"   // defines: Comm, comm_all_gather, comm_reduce_scatter, comm_wait
 #include "llmc/matmul.cuh" // defines: Matmul, matmul_forward, matmul_backward ...
 
 enum { TP_PIECES = 2 };
@@ -29,16 +29,16 @@ static inline int tp_pieces(const TensorParallel* tp, int N) {
 }
 
 // The other stream may go on from here.
-static inline void tp_hand_over(cudaStream_t from, cudaStream_t to, cudaEvent_t event) {
+static inline void tp_hand_over(TensorParallel* tp, cudaStream_t from, cudaStream_t to, cudaEvent_t event) {
     CUDA_CHECK(cudaEventRecord(event, from));
-    CUDA_CHECK(cudaStreamWaitEvent(to, event, 0));
+    comm_wait(tp->comm, to, event);
 }
 
 // all (N, C) = the rows of all ranks; piece k may be read once `arrived[k]` has been waited for
 static inline void tp_begin_gather(TensorParallel* tp, floatX* all, const floatX* shard, int N, int C) {
     int pieces = tp_pieces(tp, N);
     size_t piece = (size_t)N * (size_t)C / (size_t)pieces, part = piece / (size_t)tp->size;
-    tp_hand_over(tp->stream, tp->comm_stream, tp->ready);
+    tp_hand_over(tp, tp->stream, tp->comm_stream, tp->ready);
     for (int k = 0; k < pieces; k++) {
         comm_all_gather(tp->comm, AXIS_TP, all + (size_t)k * piece, shard + (size_t)k * part, part,
                         tp->comm_stream);
@@ -57,7 +57,7 @@ static inline const floatX* tp_gather(TensorParallel* tp, floatX* all, const flo
     int pieces = tp_pieces(tp, N), rows = N / pieces;
     tp_begin_gather(tp, all, shard, N, C);
     for (int k = 0; k < pieces; k++) {
-        CUDA_CHECK(cudaStreamWaitEvent(tp->stream, tp->arrived[k], 0));
+        comm_wait(tp->comm, tp->stream, tp->arrived[k]);
         f(k * rows, rows, all + (size_t)(k * rows) * (size_t)C);
     }
     return all;
@@ -74,11 +74,11 @@ static inline void tp_scatter(TensorParallel* tp, floatX* shard, floatX* all, in
     size_t piece = (size_t)rows * (size_t)C, part = piece / (size_t)tp->size;
     for (int k = 0; k < pieces; k++) {
         f(k * rows, rows, all + (size_t)k * piece);
-        tp_hand_over(tp->stream, tp->comm_stream, tp->arrived[k]);
+        tp_hand_over(tp, tp->stream, tp->comm_stream, tp->arrived[k]);
         comm_reduce_scatter(tp->comm, AXIS_TP, shard + (size_t)k * part, all + (size_t)k * piece, part,
                             tp->comm_stream);
     }
-    tp_hand_over(tp->comm_stream, tp->stream, tp->ready);
+    tp_hand_over(tp, tp->comm_stream, tp->stream, tp->ready);
 }
 
 // ----------------------------------------------------------------------------
@@ -126,15 +126,14 @@ static inline void column_parallel_backward(floatX* dinp, Grad* dweight, Grad* d
     int pieces = tp_pieces(tp, N);
     if (dweight != NULL) tp_begin_gather(tp, tp->buffer[0], inp, N, C);
     matmul_input_gradient(tp->buffer[1], dout, weight, N, C, OC, mm);
-    for (int k = 0; k < pieces && dweight != NULL; k++)
-        CUDA_CHECK(cudaStreamWaitEvent(tp->stream, tp->arrived[k], 0));
-    tp_hand_over(tp->stream, tp->comm_stream, tp->ready);
+    for (int k = 0; k < pieces && dweight != NULL; k++) comm_wait(tp->comm, tp->stream, tp->arrived[k]);
+    tp_hand_over(tp, tp->stream, tp->comm_stream, tp->ready);
     size_t piece = (size_t)N * (size_t)C / (size_t)pieces, part = piece / (size_t)tp->size;
     for (int k = 0; k < pieces; k++)
         comm_reduce_scatter(tp->comm, AXIS_TP, dinp + (size_t)k * part, tp->buffer[1] + (size_t)k * piece,
                             part, tp->comm_stream);
     if (dweight != NULL) matmul_weight_gradient(dweight, dbias, dout, tp->buffer[0], N, C, OC, mm);
-    tp_hand_over(tp->comm_stream, tp->stream, tp->ready);
+    tp_hand_over(tp, tp->comm_stream, tp->stream, tp->ready);
 }
 
 // What column_parallel_backward left out: dweight, dbias +=; dout (N, OC), inp: shard (N / tp, C)

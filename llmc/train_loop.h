@@ -34,6 +34,7 @@ static inline void report_step(Trainer* t, const StepResult* r) {
     event_number(&line, "learning_rate", r->lr);
     event_number(&line, "tokens", (double)t->state.tokens);
     event_number(&line, "step_seconds", r->seconds);
+    if (r->update_rate > 0) event_number(&line, "update_bytes_per_second", r->update_rate);
     event_rates(&line, run, rate, peak);
     event_number(&line, "skipped_steps", (double)t->state.skipped_steps);
     RankSeconds ranks;
@@ -313,7 +314,7 @@ static inline bool load_batch(Trainer* t, Prefetch* prefetch, Error* err) {
     flight_phase(PHASE_DATA, t->state.step + 1);
     double before = seconds_now();
     const int32_t* rows = prefetch_next(prefetch, err);
-    telemetry_spend(&t->telemetry, SPENT_DATA, before);
+    t->telemetry.waited += seconds_now() - before;
     if (rows == NULL) return false;
     gpt_load_batch(t->gpt, rows, t->run.batch.global_batch_size / num_replicas(&t->run.layout),
                    t->run.data.document_mask, t->eot_id);
@@ -360,7 +361,7 @@ static inline bool run_steps(Trainer* t, Prefetch* prefetch, bool* rewind, Error
         r.seconds = seconds_now() - start; // the wait for data included
         double stall = t->stall_grows ? fmax(0, r.seconds - t->seconds_per_step) : 0;
         t->stall += stall, t->stall_grows = false;
-        telemetry_step(&t->telemetry, r.applied, r.seconds, stall);
+        telemetry_step(&t->telemetry, &r, stall);
         t->seconds_per_step += (done < 20 ? 1.0 / done : 0.05) * (r.seconds - t->seconds_per_step);
         Due due = due_after_step(t, &r);
         bool at_once = !t->program->asynchronous || due.save || due.fast || due.evaluate || due.sample ||

@@ -25,7 +25,8 @@ typedef struct {
     Control control, save_control,
         copy_control; // the other processes; those of the threads that write checkpoints
     Watchdog watchdog;
-    bool agreed; // on the error that ends the run: the first process says it
+    int local_rank; // of this process among those of its node
+    bool agreed;    // on the error that ends the run: the first process says it
     DataLoader train, validation;
     int eot_id; // begins every document in the shards; -1: not known
     TrainState state;

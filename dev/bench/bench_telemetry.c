@@ -19,7 +19,7 @@ static double line_seconds(Trainer* t, int steps) {
         for (int i = 0; i < steps; i++) {
             t->state.step++;
             r.loss += 1e-6;
-            telemetry_step(&t->telemetry, true, r.seconds, 0);
+            telemetry_step(&t->telemetry, &r, 0);
             report_step(t, &r);
         }
         best = fmin(best, (seconds_now() - start) / steps);

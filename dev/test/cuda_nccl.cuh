@@ -4,6 +4,7 @@
 #include <nccl.h>
 
 #include "dev/test/cuda_harness.cuh" // defines: tap_check, random_values, to_device, poisoned_device, same_bits
+#include "llmc/exposed.cuh" // defines: Exposed, exposed_begin_step, exposed_begin, exposed_end, exposed_share
 
 #define NCCL_OK(call) tap_check((call) == ncclSuccess, "%s", #call)
 
@@ -47,12 +48,52 @@ static void test_refusals(ncclComm_t comm, ncclUniqueId id, cudaStream_t stream)
     tap_check(strcmp(ncclGetErrorString(ncclInvalidUsage), "no error") != 0, "errors have names");
 }
 
+static void sleep_milliseconds(void* number) { usleep(1000 * (useconds_t)(uintptr_t)number); }
+static void wait_in(cudaStream_t stream, int milliseconds) {
+    CUDA_CHECK(cudaLaunchHostFunc(stream, sleep_milliseconds, (void*)(uintptr_t)milliseconds));
+}
+
+static void test_exposed(cudaStream_t stream, cudaStream_t other) {
+    Exposed x = {};
+    x.stream = stream;
+    uint64_t measured = 0;
+    for (int step = 0; step < 40; step++) {
+        exposed_begin_step(&x);
+        exposed_begin(&x, stream), exposed_end(&x, stream);
+        if (x.used != 0) measured |= UINT64_C(1) << step;
+        CUDA_CHECK(cudaStreamSynchronize(stream));
+        exposed_share(&x, 1);
+    }
+    tap_check(measured == (1 | UINT64_C(1) << 1 | UINT64_C(1) << 17 | UINT64_C(1) << 33),
+              "the first step is measured, and one in 16: %llx", (unsigned long long)measured);
+    x.steps = 1;
+    exposed_begin_step(&x);
+    exposed_begin(&x, stream), exposed_begin(&x, stream);
+    wait_in(stream, 60);
+    exposed_end(&x, stream), exposed_end(&x, stream);
+    wait_in(stream, 600);
+    exposed_begin(&x, other), exposed_end(&x, other);
+    for (int i = 0; i < 100; i++) exposed_begin(&x, stream), exposed_end(&x, stream);
+    tap_check(x.used == 2 * 101, "pairs of one stream, however often they are begun and ended");
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    double share = exposed_share(&x, 1);
+    tap_check(share >= 0.06 && share < 0.5, "what is between them counts: %g s", share);
+    exposed_begin_step(&x);
+    exposed_begin(&x, stream);
+    tap_check(x.used == 0 && exposed_share(&x, 1) == share, "and stands for the steps that are not measured");
+    exposed_free(&x);
+    Exposed alone = {};
+    exposed_begin_step(&alone), exposed_begin(&alone, stream), exposed_end(&alone, stream);
+    tap_check(alone.used == 0 && exposed_share(&alone, 1) == 0, "one rank waits for nobody");
+    exposed_free(&alone);
+}
+
 static void test_nccl(void) {
     ncclUniqueId id;
     ncclComm_t comm, half, other;
     ncclResult_t state = ncclInternalError;
     ncclConfig_t config = NCCL_CONFIG_INITIALIZER;
-    cudaStream_t stream;
+    cudaStream_t stream, second;
     int version = 0, ranks = 0, rank = -1;
     CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
     tap_check(ncclGetVersion(&version) == ncclSuccess && version >= 21800, "NCCL %d", version);
@@ -71,6 +112,9 @@ static void test_nccl(void) {
     NCCL_OK(ncclCommDestroy(half));
     NCCL_OK(ncclCommFinalize(comm));
     NCCL_OK(ncclCommDestroy(comm));
+    CUDA_CHECK(cudaStreamCreateWithFlags(&second, cudaStreamNonBlocking));
+    test_exposed(stream, second);
+    CUDA_CHECK(cudaStreamDestroy(second));
     CUDA_CHECK(cudaStreamDestroy(stream));
     release_all();
 }

@@ -31,6 +31,9 @@ simulated() { # NAME RANKS [KEY=VALUE ...]
     timeline seconds "$name" "$ranks" "$seconds" 0.002
 }
 
+# The log knows it, too.
+exposed() { timeline exposed "$1" "$2" "$work/$1.run/log.jsonl"; } # NAME RANKS
+
 # Two micro-batches a rank. The embedding's bucket and the first layer's are gathered before anything can be computed,
 # and summed behind the last matmul. All else has a matmul beside it.
 zero=parallel.zero_stage
@@ -43,6 +46,7 @@ for z in 1 2 3; do
     check "$name: the first sum is, too, which is the head's" \
         timeline hidden $name 4 ncclReduceScatter step $((passes * 2)) :-1 0.99 1
     check "$name: a step takes as long as simulated" simulated $name 4 "${more[@]}"
+    check "$name: the log says what is exposed" exposed $name 4
 done
 for z in 1 2; do
     check "zero$z: new weights come beside the next step's forward pass, but the first two buckets" \
@@ -58,6 +62,7 @@ check "zero3: backward, too" timeline hidden zero3 4 ncclAllGather block_backwar
 more=(parallel.deterministic=true batch.global_batch_size=$((4 * 2 * rows / 8)))
 check "dp 4, deterministic" train ordered 4 "${more[@]}"
 check "ordered: a step takes as long as simulated" simulated ordered 4 "${more[@]}"
+check "ordered: the log says what is exposed" exposed ordered 4
 echo "# deterministic: a step of $(timeline step zero1 4) s takes $(timeline step ordered 4) s"
 
 # In two pieces: of the four gathers and scatters of a layer's forward pass the first or the last piece has no matmul
@@ -68,11 +73,13 @@ check "tp 2" train tp2 2 "${more[@]}"
 check "tp2: half of a forward pass's is hidden" timeline together tp2 2 block_forward 0.499 0.501
 check "tp2: five sixths of a backward pass's" timeline together tp2 2 block_backward 0.832 0.835
 check "tp2: a step takes as long as simulated" simulated tp2 2 "${more[@]}"
+check "tp2: the log says what is exposed" exposed tp2 2
 
 # Four micro-batches: only the first messages and the last ones are waited for, whatever the schedule.
 more=(parallel.pipeline_parallel_size=2 batch.global_batch_size=$((4 * rows / 8)))
 check "pp 2" train pp2 2 "${more[@]}"
 check "pp2: a step takes as long as simulated" simulated pp2 2 "${more[@]}"
+check "pp2: the log says what is exposed" exposed pp2 2
 check "pp 2, all forward passes first" train afab 2 "${more[@]}" parallel.pipeline_schedule=afab
 check "afab: messages, but the last, are hidden" timeline hidden afab 2 ncclSend step 4 :-1 0.99 1
 check "afab: a step takes as long as simulated" simulated afab 2 "${more[@]}" parallel.pipeline_schedule=afab
@@ -80,6 +87,7 @@ check "pp 2, zero bubble" train zb 2 "${more[@]}" parallel.pipeline_schedule=zer
 check "zb: a step takes as long as simulated" simulated zb 2 "${more[@]}" parallel.pipeline_schedule=zero_bubble
 faster() { [ "$(timeline step "$2" 2)" \< "$(timeline step "$1" 2)" ]; }
 check "a step is shorter with zero bubble" faster pp2 zb
+check "zb: the log says what is exposed" exposed zb 2
 
 # Keys and values of the other rank: the backward pass has them beside the MLP's matmuls, and the last layer's still.
 more=(parallel.context_parallel_size=2 batch.global_batch_size=$((rows / 8)))
@@ -87,6 +95,23 @@ check "cp 2" train cp2 2 "${more[@]}"
 check "cp2: gathered beside the backward pass" \
     timeline hidden cp2 2 ncclAllGather block_backward $((layers - 1)) : 0.99 1
 check "cp2: a step takes as long as simulated" simulated cp2 2 "${more[@]}"
+check "cp2: the log says what is exposed" exposed cp2 2
+
+# A rank that is half as fast: the first one waits for it, half of the time and what it waited before.
+cat >"$work/second_is_slow" <<'END'
+#!/bin/bash
+[ "$RANK" != 1 ] || EMU_CLOCK=${EMU_CLOCK/matmul=1e12/matmul=5e11}
+exec "$REAL" "$@"
+END
+chmod +x "$work/second_is_slow"
+more=(batch.global_batch_size=$((2 * 2 * rows / 8)))
+check "dp 2" train even 2 "${more[@]}"
+REAL=$program program=$work/second_is_slow check "dp 2, the second rank is slow" train uneven 2 "${more[@]}"
+check "the log says what is exposed" exposed even 2
+check "and that of the rank that waits" exposed uneven 2
+share() { exposed "$1" 2 | sed -n 's/^exposed share: //p'; }
+check "half of its time" awk "BEGIN { even = $(share even); uneven = $(share uneven)
+    exit !(even < 0.1 && uneven > 0.5 + even / 2 - 0.01 && uneven < 0.5 + even / 2 + 0.01) }"
 
 # The clock is the program's, whatever order the emulator runs things in.
 in_order() { sort -s -t $'\t' -k 3,3n "$work/$1"; }

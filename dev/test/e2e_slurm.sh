@@ -105,16 +105,19 @@ early_signal() {
         job=${array}_6 && ends COMPLETED 0 0
 }
 # Ranks are frozen, and go on when the script has sent its signal, or when Slurm ends them.
-time_limit() { submit "$1" --time=1 --signal=B:USR2@20 && trained && kill -STOP $(ranks 0) $(ranks 1) && says 'limit is near'; }
+time_limit() { SBATCH_SIGNAL=B:USR2@20 submit "$1" --time=1 && trained && kill -STOP $(ranks 0) $(ranks 1) && says 'limit is near'; }
 limit() { time_limit limit && sleep 1 && kill -CONT $(ranks 0) $(ranks 1) && ends_well 1 && said '1: srun.* state stopped'; }
 limit_late() { time_limit limit_late && ends_well 1 && said 'start 1: requeued'; }
+limit_short() { submit limit_short --time=8 && ends FAILED 64 0 && said 'given up, exit code 64: .* 480 s' && [ ! -e "$work/limit_short" ]; }
+limit_long() { submit limit_long --time=9 && ends_well 0; }
 preempted() {
     submit preempted --partition=low --nodes=1 --ntasks-per-node=2 --gpus-per-node=2 --exclusive && trained &&
         sbatch --partition=urgent --exclusive --output=/dev/null --wrap='sleep 2' && ends_well 1 && said 'start 1: ended by Slurm'
 }
 # SIGTERM while the job runs on, as in the grace time of a preemption.
 warned() { submit warned && trained && scancel --full --signal=TERM "$job" && ends_well 1 && said 'start 1: requeued'; }
-requeued() { submit requeued && trained && scontrol requeue "$job" && ends_well 1; }
+# Its directory has a name that a shell, sed and JSON have to be careful with.
+requeued() { submit 're"queued  \1 *' && trained && scontrol requeue "$job" && ends_well 1; }
 crash() { submit crash && trained && kill -KILL $(ranks 1) && until_true 50 said 'start 2' && ends_well 1; }
 pending() { [ "$(field JobState)" = PENDING ]; }
 dead_node() {
@@ -166,7 +169,7 @@ bad_node() {
         [ "$(field ExcNodeList) $(field NodeList) $(field TimeLimit)" = "n[2-3] n[1,5] 01:40:00" ]
 }
 
-scenarios=(undisturbed early_signal limit limit_late preempted requeued warned crash dead_node config_error bad_layout slow_teardown
+scenarios=(undisturbed early_signal limit limit_late limit_short limit_long preempted requeued warned crash dead_node config_error bad_layout slow_teardown
     corrupt_data full_disk cancelled no_progress no_requeue bad_node)
 if ! { mkdir "$work/full_disk" && mount -t tmpfs -o size=8m none "$work/full_disk"; } 2>/dev/null; then
     skip_test "full_disk" "no tmpfs can be mounted here"

@@ -45,12 +45,18 @@ int nvmlDeviceGetHandleByPciBusId_v2(const char* bus, void** device) {
     return strcmp(bus, "00000000:00:00.0") == 0 ? 0 : 6;
 }
 int nvmlDeviceGetTemperature(void* device, int sensor, unsigned* out) {
-    while (mode("hang")) pause();
+    while (mode("hang") || (mode("hang beside") && device == (void*)9)) pause();
     *out = 41;
     return device == (void*)7 && sensor == 0 ? 0 : 2; // the one figure that does not fail
 }
 #ifndef LACKS
-int nvmlDeviceGetPowerUsage(void* device, unsigned* out) { return *out = 350250, device == (void*)7 ? answer() : 2; }
+// Four GPUs: this process's, one that fell off the bus, and two that tell their power and nothing else.
+int nvmlDeviceGetCount_v2(unsigned* count) { return *count = 4, answer(); }
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void** device) { return *device = (char*)7 + index, index == 1 ? 15 : 0; }
+int nvmlDeviceGetPowerUsage(void* device, unsigned* out) {
+    int beside = (char*)device - (char*)7;
+    return *out = 350250 + 1000 * beside, beside == 0 || beside == 2 || beside == 3 ? answer() : 2;
+}
 int nvmlDeviceGetClockInfo(void* device, int clock, unsigned* out) {
     return *out = 1000 * clock, device == (void*)7 && (clock == 1 || clock == 2) ? answer() : 2;
 }
@@ -85,10 +91,30 @@ for steps in 5 10; do # the second goes on
 done
 check "every figure is in the log" figures gpu "$all"
 check "and in metrics.prom" grep -qx 'pretrain_gpu_power_watts 350.25' "$work/gpu/metrics.prom"
+node=$(uname -n)
+for figure in ${all//:/ }; do
+    case $figure in
+    gpu_*) key=node_$figure && echo "# TYPE pretrain_$key gauge" ;;
+    350.25) printf "pretrain_$key{node=\"$node\",gpu=\"%d\"} %s\n" 0 350.25 2 352.25 3 353.25 ;;
+    *) echo "pretrain_$key{node=\"$node\",gpu=\"0\"} $figure" ;;
+    esac
+done >"$work/node.prom"
+check "those of all GPUs of the node are in a file of the node's" diff "$work/gpu/metrics_$node.0.prom" "$work/node.prom"
+only() { [ "$(cd "$work/$1" && echo metrics[._]*)" = "$2" ] || (ls "$work/$1" && false); } # RUN_DIR FILES
+check "by one rank" only gpu "metrics.prom metrics_$node.0.prom"
+printf '#!/bin/bash\nLOCAL_RANK=0 LOCAL_WORLD_SIZE=1 exec %s "$@"\n' "$program" >"$work/node_of_its_own"
+chmod +x "$work/node_of_its_own"
+RANKS=2 program=$work/node_of_its_own check "two nodes of one name train" gpu ok nodes schedule.max_steps=3
+check "and have a file each" only nodes "metrics.prom metrics_$node.0.prom metrics_$node.1.prom"
+mkdir -p "$work/taken/metrics_$node.0.prom"
+gpu ok taken schedule.max_steps=3 >"$work/taken.out" 2>&1
+check "a file that cannot be written: the run is done" [ $? -eq 0 ]
+check "and it is said once" [ "$(grep -c "cannot write $work/taken/metrics_" "$work/taken.out")" -eq 1 ]
+check "and metrics.prom is there" [ -s "$work/taken/metrics.prom" ]
 check "the CPU program asks for none" env FAKE_NVML=ok LD_LIBRARY_PATH="$work/nvml" ./train_gpt_cpu configs/tiny_llama.json \
     "${small[@]}" "log.run_dir=$work/cpu_nvml" schedule.max_steps=3
 check "and logs none" figures cpu_nvml ""
-for mode in "fail:gpu_temperature_celsius:41" "no init:" "hang at init:" "hang:"; do
+for mode in "fail:gpu_temperature_celsius:41" "no init:" "hang at init:" "hang:" "hang beside:$all"; do
     name=${mode%%:*}
     check "NVML in state '$name': the run is done" gpu "$name" "gpu.$name" schedule.max_steps=3
     check "and logs what it got" figures "gpu.$name" "${mode#*:}"
@@ -98,6 +124,7 @@ for LIBRARY in lacking none rubbish; do
 done
 check "of one that lacks functions the others count" figures gpu.lacking gpu_temperature_celsius:41
 check "there is nothing of none" figures gpu.none ""
+check "nor is there a file of its node's" only gpu.none "metrics.prom"
 check "a hanging NVML leaves the weights as they are" ./train_gpt_cpu checkpoint diff \
     "$work/gpu.hang/checkpoints/step_00000003" "$work/gpu.none/checkpoints/step_00000003"
 
@@ -143,8 +170,18 @@ check "where they are, there is a line for each" [ "$(said layers)" = "5 10 " ]
 check "and the step's" [ "$(said step)" = "5 9 10 12 " ]
 
 cat >"$work/goodput.py" <<'END'
-"""What counts is the time of the steps that were kept; the last line at a resume's step or before it says how much."""
+"""What counts is the time of the steps that were kept; the last line at a resume's step or before it says how much. In all
+runs the parts of an interval are most of it, and not more."""
 import json, sys
+def check_parts(e):
+    parts = [e[k] for k in ("compute_seconds", "exposed_comm_seconds", "data_seconds", "checkpoint_stall_seconds", "eval_seconds",
+                            "sample_seconds")]
+    assert min(parts) >= 0 and sum(parts) <= e["interval_seconds"] + 1e-5, e
+    return sum(parts), e["interval_seconds"]
+for path in sys.argv[2:]:
+    steps = [check_parts(e) for e in map(json.loads, open(path)) if e["event"] == "step"]
+    parts, seconds = map(sum, zip(*steps))
+    assert parts > 0.7 * seconds, (path, parts, seconds)
 events = [json.loads(line) for line in open(sys.argv[1])]
 resumes = [i for i, e in enumerate(events) if e["event"] == "resume"]
 assert [events[i]["step"] for i in resumes] == [5, 12], resumes
@@ -162,15 +199,14 @@ for e in events:
         wall = e["time"] - events[0]["time"]
         assert abs(e["goodput"] * wall - e["productive_seconds"]) < 0.02 + 0.05 * wall and 0 < e["goodput"] <= 1, e
     if e["event"] == "step":
-        parts = [e[k] for k in ("data_seconds", "checkpoint_stall_seconds", "eval_seconds", "sample_seconds")]
-        assert min(parts) >= 0 and sum(parts) <= e["interval_seconds"] + 1e-5, e
+        check_parts(e)
 assert all(events[resumes[0] - 1]["time"] <= e["time"] for e in events[resumes[0]:])
 after = {e["step"]: e for e in events[: resumes[0]] if e["event"] == "step"}
 assert after[5]["eval_seconds"] > 0.0001 and after[4]["eval_seconds"] == 0  # said on the line behind it
 assert after[6]["checkpoint_stall_seconds"] > 0.0001 and after[5]["checkpoint_stall_seconds"] == 0
 assert after[7]["sample_seconds"] > 0.0001
 END
-check "productive time and goodput add up over launches" python3 "$work/goodput.py" "$work/all/log.jsonl"
+check "productive time and goodput add up over launches" python3 "$work/goodput.py" "$work/all/log.jsonl" "$work/gpu/log.jsonl"
 
 cat >"$work/rates.py" <<'END'
 import json, sys
@@ -184,6 +220,7 @@ close(step["gflops"] * 1e9, step["tokens_per_second"] * start["flops_per_token"]
 close(step["mfu"], step["gflops"] * 1e9 / start["peak_flops_per_gpu"] / 2)
 close(step["hfu"] / step["mfu"], 1 + start["recomputed_flops_per_token"] / start["flops_per_token"])
 assert step["hfu"] > 1.05 * step["mfu"]
+assert step["exposed_comm_seconds"] > 0 and step["update_bytes_per_second"] > 0
 close(step["tokens_per_second_per_gpu"] * 2, step["tokens_per_second"])
 END
 check "utilisation is that of both GPUs together" python3 "$work/rates.py" "$work/gpu/log.jsonl"

@@ -185,6 +185,10 @@ done
 ./train_gpt_cpu >/dev/null 2>&1
 check "no arguments: usage, exit 64" [ $? -eq 64 ]
 check "--help exits 0" ./train_gpt_cpu --help
+knob() { ./train_gpt_cpu knob configs/tiny_gpt2.json "$@"; } # KEY [KEY=VALUE ...]
+check "a path of the config as it is" [ "$(knob log.run_dir 'log.run_dir=a "b" \1  *')" = 'a "b" \1  *' ]
+check "a number, a choice, a default" [ "$(knob seed seed=7) $(knob schedule.type) $(knob eval.every eval.every=3)" = '7 "cosine" 3' ]
+check "a key that is none: exit 64" sh -c './train_gpt_cpu knob configs/tiny_gpt2.json log.rundir; [ $? -eq 64 ]'
 # another run has the directory: what ends this one is not for it to find
 mkdir -p "$work/held"
 exec 9<"$work/held"

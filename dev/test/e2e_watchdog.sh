@@ -126,6 +126,37 @@ fails_alone() {
 }
 check "data that go away end all ranks with the same code" fails_alone
 
+# A config that is wrong in the same words on all ranks, and on one alone: it is said once, at the latest when nobody else
+# has said it. A rank's code goes to NAME.code.RANK.
+wrong() { # NAME 'what a rank does to its arguments'
+    (
+        LAUNCH_PATIENCE=1 dev/emu/launch -n $ranks sh -c "config=configs/tiny_llama.json; $2
+            ./train_gpt_emu train \$config \"\$@\"; code=\$?; echo \$code >$work/$1.code.\$RANK; exit \$code" sh "${data[@]}" \
+            "log.run_dir=$work/$1" "${small[@]}" schedule.max_steps=1 parallel.start_timeout=20 >"$work/$1.out" 2>"$work/$1.err"
+        echo $? >"$work/$1.code"
+    ) &
+}
+wrong everywhere 'set -- "$@" model.hiden_size=8'
+wrong words 'config=nonsense'
+wrong alone '[ $RANK != 2 ] || set -- "$@" model.hiden_size=8'
+wrong first '[ $RANK != 0 ] || set -- "$@" model.hiden_size=8'
+wrong missing '[ $RANK != 3 ] || config=configs/not_there.json'
+said_once() { # NAME CODE 'regular expression' [RANK ...]: these ranks have ended by themselves, with the code
+    local name=$1 code=$2 text=$3 rank
+    shift 3
+    over "$name"
+    cat "$work/$name.err"
+    [ "$(cat "$work/$name.code")" = "$code" ] && [ "$(grep -c '^error: ' "$work/$name.err")" = 1 ] && grep -qE "^error: .*$text" "$work/$name.err" || return
+    for rank in "$@"; do
+        [ "$(cat "$work/$name.code.$rank")" = "$code" ] || return
+    done
+}
+check "an error of all ranks is said once, and is the code of all" said_once everywhere 78 hiden_size 0 1 2 3
+check "so is one of the command line" said_once words 64 "nonsense is neither" 0 1 2 3
+check "an error of one rank is said" said_once alone 78 hiden_size 2
+check "one of the first rank alone is said once" said_once first 78 hiden_size 0
+check "one rank's missing file is said" said_once missing 66 not_there 3
+
 # the self-test: the program is started by a shell, which breaks the GPU of one rank
 self_test() { # NAME 'what breaks it' 'regular expression': rank 2 is named, and its node
     local code

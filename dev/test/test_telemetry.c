@@ -73,8 +73,9 @@ static void productive_time_is_a_share_of_all(void** state) {
     (void)state;
     Telemetry y;
     telemetry_resume(&y, "/nowhere", 0);
-    telemetry_step(&y, true, 30, 10); // ten of them only because a checkpoint was copied
-    telemetry_step(&y, false, 100, 0);
+    const StepResult applied = {.seconds = 30, .applied = true}, skipped = {.seconds = 100};
+    telemetry_step(&y, &applied, 10); // ten of them only because a checkpoint was copied
+    telemetry_step(&y, &skipped, 0);
     y.first_start = unix_time() - 80;
     assert_true(y.productive == 20);
     assert_true(goodput(&y) > 0.2 && goodput(&y) <= 0.25);
@@ -86,18 +87,19 @@ static void times_are_since_the_line_before(void** state) {
     (void)state;
     Telemetry y = {0};
     telemetry_resume(&y, "/nowhere", 0);
+    const StepResult step = {.seconds = 5, .applied = true};
     y.line -= 100;
     double now = telemetry_spend(&y, SPENT_DATA, seconds_now() - 7);
     telemetry_spend(&y, SPENT_EVAL, now - 20);
-    telemetry_step(&y, true, 5, 3);
+    telemetry_step(&y, &step, 3);
     for (int again = 0; again < 2; again++) {
         String line = {0};
         event_times(&line, &y);
-        const double wanted[][2] = {{number_in(&line, "interval_seconds"), 100},
-                                    {number_in(&line, "data_seconds"), 7},
-                                    {number_in(&line, "eval_seconds"), 20},
-                                    {number_in(&line, "checkpoint_stall_seconds"), 3},
-                                    {number_in(&line, "sample_seconds"), 0}};
+        const double wanted[][2] = {
+            {number_in(&line, "interval_seconds"), 100}, {number_in(&line, "data_seconds"), 7},
+            {number_in(&line, "eval_seconds"), 20},      {number_in(&line, "checkpoint_stall_seconds"), 3},
+            {number_in(&line, "compute_seconds"), 2},    {number_in(&line, "exposed_comm_seconds"), 0},
+            {number_in(&line, "sample_seconds"), 0}};
         for (size_t i = 0; i < sizeof wanted / sizeof wanted[0]; i++)
             assert_true(fabs(wanted[i][0] - (again ? 0 : wanted[i][1])) < 5);
         assert_true(number_in(&line, "productive_seconds") == 2);
@@ -105,8 +107,44 @@ static void times_are_since_the_line_before(void** state) {
     }
 }
 
+// Whatever it was, the parts are no more than the step.
+static void a_step_is_divided(void** state) {
+    (void)state;
+    const struct {
+        double seconds, device, share, waited, stall; // a step; the wait for data; a checkpoint beside it
+        double compute, exposed, data, checkpoint;
+    } cases[] = {
+        {10, 9, 0, 0, 0, 9, 0, 0, 0},                                        // one second of the host's
+        {10, 9, 0.25, 0, 0, 6.75, 2.25, 0, 0}, {10, 9, 0, 8, 0, 9, 0, 1, 0}, // beside the device's work
+        {10, 4, 0.5, 5, 0, 2, 2, 5, 0},                                      // the device had long been done
+        {10, 0, 0, 3, 0, 7, 0, 3, 0},                                        // the host computes
+        {10, 9, 0, 0, 4, 6, 0, 0, 4}, // four of the device's were the checkpoint's
+        {10, 10, 1, 10, 10, 0, 0, 0, 10},      {10, 11, 0.5, 1, 0, 5, 5, 0, 0}, // two clocks
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {
+        Telemetry y = {0};
+        const StepResult step = {
+            .seconds = cases[i].seconds, .device_seconds = cases[i].device, .exposed_share = cases[i].share};
+        y.waited = cases[i].waited;
+        telemetry_step(&y, &step, cases[i].stall);
+        assert_true(fabs(y.spent[SPENT_COMPUTE] - cases[i].compute) < 1e-9);
+        assert_true(fabs(y.spent[SPENT_EXPOSED] - cases[i].exposed) < 1e-9);
+        assert_true(fabs(y.spent[SPENT_DATA] - cases[i].data) < 1e-9);
+        assert_true(y.spent[SPENT_CHECKPOINT] == cases[i].checkpoint);
+    }
+}
+
 // ----------------------------------------------------------------------------
 // rates
+
+// As llmc/adamw.cuh counts: fp32 masters in two parts; all in bf16; all in fp32.
+static void bytes_of_an_update(void** state) {
+    (void)state;
+    assert_int_equal(update_bytes(1, 2 + 2, 4, 4), 32);
+    assert_int_equal(update_bytes(1, 2, 2, 2), 16);
+    assert_int_equal(update_bytes(1000, 4, 4, 4), 32000);
+    assert_int_equal(update_bytes(3, 4, 2, 8), 3 * 2 * (4 + 2 + 2 * 8));
+}
 
 // C 64, L 2, FF 256, V 512, T 64 (configs/tiny_gpt2.json)
 static void rates_are_of_all_gpus(void** state) {
@@ -223,6 +261,8 @@ int main(void) {
         cmocka_unit_test_setup_teardown(logs_that_say_nothing, make_temp_dir, remove_temp_dir),
         cmocka_unit_test(productive_time_is_a_share_of_all),
         cmocka_unit_test(times_are_since_the_line_before),
+        cmocka_unit_test(a_step_is_divided),
+        cmocka_unit_test(bytes_of_an_update),
         cmocka_unit_test(rates_are_of_all_gpus),
         cmocka_unit_test(only_terminals_have_style),
         cmocka_unit_test(a_bar_fits_its_line),

@@ -8,8 +8,10 @@ the same rank runs.
     timeline.py together PATH RANKS RANGE LOW HIGH        of the time of a range's gathers and scatters so much is hidden
     timeline.py seconds PATH RANKS SECONDS TOLERANCE      of the step
     timeline.py step PATH RANKS                           its seconds, of the first rank
+    timeline.py exposed PATH RANKS LOG                    the share of it without a matmul is what the log says of it
 """
 import collections
+import json
 import sys
 
 Operation = collections.namedtuple("Operation", "start end stream kind range")
@@ -80,5 +82,16 @@ def step(path, ranks):
     print(f"{last - first:.9f}")
 
 
-commands = {"show": show, "step": step, "hidden": check_hidden, "together": check_together, "seconds": check_seconds}
+# Where nothing but matmuls takes time, the first rank's compute stream has nothing to do but wait when there is none.
+def check_exposed(path, ranks, log):
+    _, first, last, operations = next(read(path, ranks))
+    busy = sum(o.end - o.start for o in operations if o.kind == "matmul")
+    steps = [e for e in map(json.loads, open(log)) if e["event"] == "step"]
+    exposed, computing = steps[-1]["exposed_comm_seconds"], steps[-1]["compute_seconds"]
+    wanted = 1 - busy / (last - first)
+    expect("exposed share", exposed / (exposed + computing), wanted - 0.002, wanted + 0.002)
+
+
+commands = {"show": show, "step": step, "hidden": check_hidden, "together": check_together, "seconds": check_seconds,
+            "exposed": check_exposed}
 commands[sys.argv[1]](sys.argv[2], int(sys.argv[3]), *sys.argv[4:])
