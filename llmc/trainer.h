@@ -20,10 +20,10 @@ typedef struct {
     const Program* program;
     GPT* gpt; // the program's
     Tokenizer tokenizer;
-    char tokenizer_json[PATH_MAX]; // what checkpoints take along; "": no tokenizer
-    int run_dir_fd;                // locked while training
-    Control control, save_control,
-        copy_control; // the other processes; those of the threads that write checkpoints
+    char tokenizer_json[PATH_MAX];      // what checkpoints take along; "": no tokenizer
+    int run_dir_fd;                     // locked while training
+    Control control;                    // the other processes
+    Control save_control, copy_control; // those of the threads that write checkpoints
     Watchdog watchdog;
     int local_rank; // of this process among those of its node
     bool agreed;    // on the error that ends the run: the first process says it
@@ -112,9 +112,9 @@ static inline CheckpointData checkpoint_data(Trainer* t) {
 
 enum WeightsFrom { WEIGHTS_NOWHERE, WEIGHTS_RUN, WEIGHTS_ELSEWHERE };
 
-// The newest checkpoint of the run (training: of both tiers); where there is none, checkpoint.load_from. Moments are read where there
-// is memory for them, and start at zero with weights from elsewhere. t->state is what the checkpoint says,
-// zeros for a foreign model.
+// The newest checkpoint of the run (training: of both tiers); where there is none, checkpoint.load_from. Moments
+// are read where there is memory for them, and start at zero with weights from elsewhere. t->state is what the
+// checkpoint says, zeros for a foreign model.
 static inline bool load_weights(Trainer* t, enum WeightsFrom* from, Error* err) {
     char directory[PATH_MAX];
     const char* load_from = t->run.checkpoint.load_from;
