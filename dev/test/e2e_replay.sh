@@ -51,8 +51,12 @@ layout interleaved 4 "" 0 $tp $pp $p.pipeline_schedule=interleaved $p.virtual_pi
 layout tied 4 "" 0 $tp $pp model.tie_word_embeddings=true
 
 # What is done about it: rank 2 is the second stage of the first replica.
+twice=(guard.replay_every=5)
+planned=$("$work/faulty_gpu" plan configs/tiny_llama.json "${data[@]}" "${small[@]}" log.run_dir=run "${twice[@]}" | awk '/^  total/ { gsub(",", "", $2); print $2 }')
+EMU_MEMORY=$planned check "the memory that is planned ($planned bytes) does" train exact 1 "${twice[@]}"
+EMU_MEMORY=$((planned - 1)) check "a byte less does not: exit 71" ends 71 "this run needs" train less 1 "${twice[@]}"
 [ "${chosen/ dp_pp /}" != "$chosen" ] || finish
-place=dp_pp run=(4 $pp $p.zero_stage=3 checkpoint.every=2) twice=(guard.replay_every=5)
+place=dp_pp run=(4 $pp $p.zero_stage=3 checkpoint.every=2)
 bad=$(rows 2 5)
 FAULT="$bad loss nan" check "another run leaves out step 5" train left_out "${run[@]}"
 check "another has no fault" train clean "${run[@]}"
