@@ -1,9 +1,10 @@
 // The sums behind llmc/layer_norms.h on the device. They are the exact sums of global_norm.cuh, over the same
-// pieces of 2,048 numbers: those of gradients and weights have the same bits however these are shared out over
-// data-parallel ranks and stages, those of activations however micro-batches are.
+// pieces of 2,048 numbers: those of gradients and weights have the same bits however these are shared out
+// over data-parallel ranks and stages, those of activations however micro-batches are.
 //
-// Bytes read and written besides, in a step that is measured: 4 or 2 a gradient; 36 a parameter (with bf16 masters
-// 28), as much as the update itself, which is the price of leaving adamw_kernel as it is; what a layer hands on, once.
+// Bytes read and written besides, in a step that is measured: 4 or 2 a gradient; 36 a parameter (with bf16
+// masters 30), as much as the update itself, which is the price of leaving adamw_kernel as it is; what a layer
+// hands on, once.
 #pragma once
 #include "llmc/adamw.cuh"       // defines: adamw_update, join_weights
 #include "llmc/comm.cuh"        // defines: Comm, comm_all_reduce
@@ -43,8 +44,8 @@ typedef struct {
     size_t begin, end;
 } Counted;
 
-// adamw_update, measured: by pieces, so that the old weights have room in staging (staging_elements, SLICE_ALIGN at
-// least).
+// adamw_update; measured, it goes by pieces, so that the old weights have room in staging (staging_elements,
+// at least SLICE_ALIGN).
 template <typename Grad, typename Moment>
 static inline void meter_update(LayerSums* sums, Counted counted, float* staging, size_t staging_elements,
                                 floatX* weights, int16_t* remainder, Grad* grads, Moment* m, Moment* v,

@@ -112,8 +112,8 @@ static inline void use_number(const cJSON* item, const char* key, UseNumber use,
         use(out, key, cJSON_IsNull(item) ? NAN : item->valuedouble);
 }
 
-// Calls `use` for every number of an event, for those of an array as KEY/0, KEY/1 ...; what is null is a number that is
-// not finite.
+// Calls `use` for every number of an event, for those of an array as KEY/0, KEY/1 ...; what is null is a number
+// that is not finite.
 static inline void event_numbers(const cJSON* event, const char* prefix, UseNumber use, String* out) {
     char key[128];
     const cJSON *item, *element;

@@ -173,6 +173,11 @@ for step, numbers in steps:
     assert ("step/grad_norm" in numbers) == (step != 50)
 END
 check "has every step once, as it came out last" python3 "$work/told.py" "$work/told"
+check "an import with norms of layers" env TOLD="$work/told" PYTHONPATH="$work/wandb" scripts/wandb_import "$work/other"
+check "has each of them, but what is not finite" python3 -c "import json
+first, *steps = json.load(open('$work/told'))
+assert [(s, n['layers/grad_norm/1'], n['layers/weight_norm/2']) for s, n in steps if 'layers/grad_norm/1' in n] == \\
+    [(s, 9 if s <= 20 else 4, 9) for s in range(5, 41, 5) if s != 15]"
 mkdir "$work/wandb_missing" # a module that is not there, even where the real one is
 echo 'raise ImportError("not here")' >"$work/wandb_missing/wandb.py"
 check "without the package" says 69 "pip install wandb" env PYTHONPATH="$work/wandb_missing" scripts/wandb_import "$work/run"
