@@ -143,7 +143,7 @@ static void state_survives_a_checkpoint(void** state) {
 
 static void alarms_name_what_is_wrong(void** state) {
     (void)state;
-    StepGuard limits = {6, 3, false, false};
+    StepGuard limits = {6, 3, false, false, false};
     static const struct {
         double loss, norm;
         const char *what, *says;
