@@ -204,7 +204,7 @@ static void the_first_to_deviate_is_named(void** state) {
         const char* names;
     } cases[] = {{{S, S, S, S}, ""},     {{S, S, 7, S}, "2"},     {{9, 8, S, 10}, "1"}, {{0, 5, 5, 5}, "0"},
                  {{6, 5, S, 5}, "1, 3"}, {{S, S - 1, S, S}, "1"}, {{3, 3, 3, 3}, "0-3"}};
-    StepGuard limits = {6, 3, false, true};
+    StepGuard limits = {6, 3, false, true, false};
     Layout l = layout_single();
     l.size = 4;
     for (size_t i = 0; i < sizeof cases / sizeof cases[0]; i++) {

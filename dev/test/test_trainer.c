@@ -47,10 +47,13 @@ static struct {
     char blocked[PATH_MAX + 32]; // a file with this name appears at the end of the first step
 } world;
 
+static Trainer trainer;
+
 static int step_lines(void) {
     size_t size;
     int lines = 0;
     Error none = {0};
+    assert_true(line_queue_flush(&trainer.metrics.queue, 60));
     char* text = read_file(world.log, 1 << 20, &size, &none);
     for (const char* at = text; at != NULL && (at = strstr(at, "\"event\":\"step\"")) != NULL; at++) lines++;
     free(text);
@@ -216,7 +219,6 @@ static char* slurp(const char* path) {
 static Outcome train(bool asynchronous, const char* run_dir, char* const* more) {
     static GPT gpt;
     static Decoder decoder;
-    static Trainer trainer;
     static char data[PATH_MAX + 16], validation[PATH_MAX + 32], directory[PATH_MAX + 16];
     char* overrides[16] = {data,
                            validation,
