@@ -379,7 +379,7 @@ static inline bool run_steps(Trainer* t, Prefetch* prefetch, bool* rewind, Error
 
 static inline bool train_loop(Trainer* t, Error* err) {
     const Layout* l = &t->run.layout;
-    bool ok, rewind = false;
+    bool ok = false, rewind = false;
     if (t->tier.to_copy && !start_copy(t, &t->state, err)) return false;
     do { // once, and once more after each rewind
         Prefetch prefetch;
