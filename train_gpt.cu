@@ -1257,8 +1257,8 @@ static void update_launch(GPT* g, const RunConfig* run, double num_targets, Step
     CUDA_CHECK(cudaEventRecord(g->own_work_done, g->stream));
     hand_over(g, g->comm_stream, g->stream);
     int record = comm_begin_compute(&g->comm, "update", g->stream);
-    if (g->hashed) hash_replicas(g);
     if (g->replayed) compare_runs(g);
+    if (g->hashed) hash_replicas(g);
     if (g->config.tie_word_embeddings && (has_embedding(l) || has_head(l)))
         comm_all_reduce(&g->comm, AXIS_TIED, slice_gradients<Grad>(g, 0), state_slice(g, 0).size, g->stream);
     for (int b = 0; b < num_buckets(g); b++) { // each rank counts a share, also where it has more
@@ -1352,7 +1352,7 @@ StepResult gpt_finish_step(GPT* g) {
     StepResult r;
     CUDA_CHECK(cudaEventSynchronize(g->step_done));
     memset(&r, 0, sizeof r);
-    flight_own_work(seconds_between(g->step_begun, g->own_work_done));
+    if (!g->replayed) flight_own_work(seconds_between(g->step_begun, g->own_work_done));
     r.device_seconds = seconds_between(g->step_begun, g->step_done);
     r.exposed_share = exposed_share(&g->comm.exposed, r.device_seconds);
     r.loss = g->host_control->loss, r.grad_norm = g->host_control->grad_norm;

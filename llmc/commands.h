@@ -381,8 +381,7 @@ static inline bool watch(Trainer* t, const Command* command, const Launch* launc
     bool alone = t->control.size == 1 && !(t->program->asynchronous && command->run == command_train);
     if (t->run.parallel.hang_seconds_max == 0 || alone) return true;
     w->run = &t->run, w->gpt = t->gpt;
-    w->main = &t->control, w->saver = &t->save_control, w->copier = &t->copy_control,
-    w->metrics = &t->metrics;
+    w->main = w->joined = &t->control, w->metrics = &t->metrics;
     w->mine.local_rank = launch->local_rank;
     flight_phase(PHASE_START, 0);
     return watchdog_start(w, err);
@@ -402,6 +401,7 @@ static inline void end_with(Trainer* t, const Error* err) {
     if (t->saver.busy && err->code != EXIT_LOST) saver_finish(&t->saver, &reported);
     if (t->copier.busy && err->code != EXIT_LOST) saver_finish(&t->copier, &reported);
     watchdog_stop(&t->watchdog, err);
+    line_queue_flush(&t->metrics.queue, 10);
     _exit(err->code);
 }
 

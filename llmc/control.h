@@ -18,6 +18,8 @@ typedef struct {
     bool waiting;   // atomic: for another process
 } Control;
 
+static inline bool control_waits(const Control* c) { return __atomic_load_n(&c->waiting, __ATOMIC_RELAXED); }
+
 typedef struct {
     char* data;
     size_t left; // bytes still to be moved from or to one rank

@@ -20,6 +20,13 @@ typedef struct {
     long long bin[EXACT_BINS];
 } ExactSum;
 
+// One step's sums, in one piece, which all ranks add to each other's.
+typedef struct {
+    ExactSum loss, norm_squared;
+    long long requests;  // ranks that ask for a stop, in the low half, and for a checkpoint, in the high one
+    long long deviating; // ranks on which the step, computed twice, was not the same (replay.cuh)
+} StepSums;
+
 static HOST_DEVICE inline void exact_add(ExactSum* sum, double x) {
     uint64_t bits;
     memcpy(&bits, &x, sizeof bits);

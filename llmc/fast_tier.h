@@ -1,5 +1,5 @@
 // The fast tier: checkpoints on a disk of each node, from where they are copied to the run's directory while training
-// goes on (train_loop.h).
+// goes on (saves.h).
 //
 //     FAST_DIR/                       checkpoint.fast_dir; it must be there: what is made where no disk is mounted fills
 //       0123456789abcdef.../          the run's id, in RUN_DIR/run_id            the disk that is
@@ -41,11 +41,14 @@ static inline bool draw_id(char id[ID_DIGITS + 1], Error* err) {
 static inline bool run_id(const char* run_dir, char id[ID_DIGITS + 1], Error* err) {
     char path[PATH_MAX], real[PATH_MAX], expected[PATH_MAX + ID_DIGITS + 4];
     size_t size;
-    Error none = {0, {0}};
+    Error why = {0, {0}};
     if (!path_join(path, run_dir, "run_id", err)) return false;
     if (realpath(run_dir, real) == NULL)
         return fail(err, EXIT_CANNOT_WRITE, "cannot resolve %s: %s", run_dir, strerror(errno));
-    char* text = access(path, F_OK) == 0 ? read_file(path, sizeof expected, &size, &none) : NULL;
+    bool missing = access(path, F_OK) != 0 && errno == ENOENT;
+    char* text = missing ? NULL : read_file(path, sizeof expected, &size, &why);
+    if (!missing && text == NULL)
+        return fail(err, why.code, "%s; remove it to give up what checkpoint.fast_dir has", why.text);
     snprintf(id, ID_DIGITS + 1, "%s", text != NULL ? text : "");
     snprintf(expected, sizeof expected, "%s %s\n", id, real);
     bool ours = text != NULL && strspn(id, "0123456789abcdef") == ID_DIGITS && strcmp(text, expected) == 0;
@@ -70,12 +73,42 @@ static inline bool fast_open(FastTier* tier, const char* fast_dir, const char* r
            path_join(tier->run, fast_dir, id, err) && path_join(tier->directory, tier->run, name, err);
 }
 
+// A checkpoint was written without a tier: whatever one has by this run's id is of a past that the run did not go on from.
+static inline void fast_abandon(const char* run_dir) {
+    char path[PATH_MAX];
+    Error ignored = {0, {0}};
+    if (path_join(path, run_dir, "run_id", &ignored) && unlink(path) == 0) directory_sync(run_dir, &ignored);
+}
+
 // ----------------------------------------------------------------------------
 // saving
 
 static inline bool fast_make_directory(const char* parent, const char* path, Error* err) {
     if (mkdir(path, 0777) == 0) return directory_sync(parent, err);
     return errno == EEXIST || fail(err, EXIT_CANNOT_WRITE, "cannot create %s: %s", path, strerror(errno));
+}
+
+// Does anything on this node belong to another number of processes? remove: not any more.
+static inline bool fast_of_others(const FastTier* tier, bool remove) {
+    DIR* dir = opendir(tier->run);
+    const char* own = strstr(path_file_name(tier->directory), "-of-");
+    bool others = false;
+    for (struct dirent* entry; dir != NULL && (entry = readdir(dir)) != NULL;) {
+        const char* of = strstr(entry->d_name, "-of-");
+        char path[PATH_MAX];
+        Error ignored = {0, {0}};
+        StepList list = {NULL, 0, 0};
+        if (of == NULL || strcmp(of, own) == 0) continue;
+        others = true;
+        if (!remove || !path_join(path, tier->run, entry->d_name, &ignored)) continue;
+        steps_list(path, true, &list,
+                   &ignored); // other processes of this node do the same: what is gone is gone
+        for (int i = 0; i < list.count; i++) checkpoint_remove(path, list.steps[i], &ignored);
+        rmdir(path);
+        free(list.steps);
+    }
+    if (dir != NULL) closedir(dir);
+    return others;
 }
 
 // What is newer than the step just saved is of a past that the run did not go on from.
@@ -111,24 +144,12 @@ static inline bool fast_save(const FastTier* tier, const CheckpointData* data, C
     if (!ok) return false;
     if (!fast_prune(tier, data->state.step, copied, &warning))
         fprintf(stderr, "warning: old checkpoints stay: %s\n", warning.text);
+    fast_of_others(tier, true);
     return true;
 }
 
 // ----------------------------------------------------------------------------
 // loading
-
-// Are there checkpoints that another number of processes left on this node?
-static inline bool fast_of_others(const FastTier* tier) {
-    DIR* dir = opendir(tier->run);
-    const char* own = strstr(path_file_name(tier->directory), "-of-");
-    bool others = false;
-    for (struct dirent* entry; dir != NULL && !others && (entry = readdir(dir)) != NULL;) {
-        const char* of = strstr(entry->d_name, "-of-");
-        others = of != NULL && strcmp(of, own) != 0;
-    }
-    if (dir != NULL) closedir(dir);
-    return others;
-}
 
 // The steps that all processes have, newest first; on all of them. Caller frees .steps, also after a failure.
 static inline bool fast_steps(const FastTier* tier, const CheckpointData* data, StepList* list, Error* err) {
@@ -159,8 +180,10 @@ static inline bool fast_steps(const FastTier* tier, const CheckpointData* data, 
     if (lost > newest)
         fprintf(stderr, "note: step %llu is not in checkpoint.fast_dir of every process, and is not used\n",
                 (unsigned long long)lost);
-    if (first && fast_of_others(tier))
-        fprintf(stderr, "note: %s has checkpoints of another number of processes, which are not used\n",
+    if (first && fast_of_others(tier, false))
+        fprintf(stderr,
+                "note: %s has checkpoints of another number of processes, which are not used and go with the "
+                "first save\n",
                 tier->run);
     free(mine.data), free(all.data);
     return ok && steps_share(data, list, err);
@@ -182,7 +205,9 @@ static inline bool fast_read(const FastTier* tier, uint64_t step, CheckpointData
     memcpy(first, id, sizeof id);
     if (!control_broadcast(into->control, first, sizeof first, &lost))
         return fail(err, lost.code, "%s", lost.text);
-    if (ok && (mine.state.step != step || memcmp(first, id, sizeof id) != 0))
+    if (ok && mine.state.step != step)
+        fail(err, EXIT_BAD_DATA, "%s holds step %llu", path, (unsigned long long)mine.state.step);
+    else if (ok && memcmp(first, id, sizeof id) != 0)
         fail(err, EXIT_BAD_DATA, "%s is of another save than what the first process has", path);
     if (!checkpoint_agree(into, err)) return false;
     into->state = mine.state;
@@ -205,8 +230,8 @@ static inline bool fast_load_newest(FastTier* tier, const char* checkpoints_dir,
         if (!ok || *found || none) break;
         *found = tier->loaded = fast_read(tier, list.steps[i], into, &why);
         if (*found) break;
-        bool damaged = why.code == EXIT_BAD_DATA || why.code == EXIT_IO;
-        if (!damaged && why.code != EXIT_NO_INPUT) {
+        bool damaged = why.code == EXIT_BAD_DATA, unread = why.code == EXIT_IO || why.code == EXIT_NO_INPUT;
+        if (!damaged && !unread) {
             ok = fail(err, why.code, "%s", why.text);
             break;
         }

@@ -4,18 +4,12 @@
 // shared out over ranks.
 #pragma once
 #include "llmc/cuda_common.cuh" // defines: Vec, load_vec, block_sum
-#include "llmc/exact_sum.h"     // defines: ExactSum, exact_add
+#include "llmc/exact_sum.h"     // defines: ExactSum, StepSums, exact_add
 #include "llmc/layout.h"        // defines: SLICE_ALIGN, TensorPart
 #include "llmc/program.h"       // defines: REQUEST_STOP, REQUEST_SAVE
 
 enum { NORM_BLOCKS = 1024, NORM_THREADS = 256, LOSS_THREADS = 1024 };
 
-// One step's sums, in one piece, which all ranks add to each other's.
-typedef struct {
-    ExactSum loss, norm_squared;
-    long long requests;  // ranks that ask for a stop, in the low half, and for a checkpoint, in the high one
-    long long deviating; // ranks on which the step, computed twice, was not the same (replay.cuh)
-} StepSums;
 enum { STEP_SUMS = sizeof(StepSums) / sizeof(long long) };
 
 static __host__ __device__ inline long long requests_to_sum(int requests) {

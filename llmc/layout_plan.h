@@ -13,7 +13,7 @@
 #pragma once
 #include "llmc/utils.h"          // defines: malloc_check; first, as it asks for all of the C library
 #include "llmc/layout_resolve.h" // defines: layout_resolve
-#include "llmc/exact_sum.h"      // defines: ExactSum
+#include "llmc/exact_sum.h"      // defines: StepSums
 
 // Bytes that a rank sends in one optimizer step; tp: with what ranks of one key/value head send each other.
 typedef struct {
@@ -367,9 +367,9 @@ static inline double walk_tied(StageWalk* w) {
     return tied ? walk_send(w, PLAN_TIED, elements * w->gradient_bytes, 2) : 0;
 }
 
-// Loss, norm and stops of the step (StepSums): so short that it goes along a tree, up and down.
+// The step's sums: so short that it goes along a tree, up and down.
 static inline double walk_world(StageWalk* w) {
-    double n = w->l.size, bytes = 2 * sizeof(ExactSum) + sizeof(long long);
+    double n = w->l.size, bytes = sizeof(StepSums);
     return n == 1 ? 0 : walk_send(w, PLAN_WORLD, 2 * (n - 1) / n * bytes, 2 * ceil(log2(n)));
 }
 

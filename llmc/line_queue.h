@@ -54,7 +54,11 @@ static inline void line_queue_start(LineQueue* q, void (*write)(void*, const cha
     memset(q, 0, sizeof *q);
     q->write = write, q->to = to, q->name = name, q->limit = LINE_QUEUE_BYTES;
     pthread_mutex_init(&q->mutex, NULL);
-    pthread_cond_init(&q->changed, NULL);
+    pthread_condattr_t clock; // a wait must not end, or last, when somebody sets the time of day
+    pthread_condattr_init(&clock);
+    pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
+    pthread_cond_init(&q->changed, &clock);
+    pthread_condattr_destroy(&clock);
     q->running = pthread_create(&q->thread, NULL, line_queue_main, q) == 0;
 }
 
@@ -74,11 +78,11 @@ static inline bool line_queue_put(LineQueue* q, const char* line, size_t size) {
 }
 
 // Until everything is written, for at most so many seconds. False: it is not.
-static inline bool line_queue_flush(LineQueue* q, double seconds) {
+static inline bool line_queue_flush(LineQueue* q, int seconds) {
     struct timespec until;
     if (!q->running) return true;
-    clock_gettime(CLOCK_REALTIME, &until);
-    until.tv_sec += (time_t)seconds;
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_sec += seconds;
     pthread_mutex_lock(&q->mutex);
     int late = 0;
     while ((q->waiting.size > 0 || q->writing) && late == 0)
@@ -90,7 +94,7 @@ static inline bool line_queue_flush(LineQueue* q, double seconds) {
 
 // False: after so many seconds the thread still waits for the disk. It keeps what it writes to, and *q, until the
 // process ends.
-static inline bool line_queue_stop(LineQueue* q, double seconds) {
+static inline bool line_queue_stop(LineQueue* q, int seconds) {
     if (!q->running) return true;
     bool written = line_queue_flush(q, seconds);
     q->running = false;

@@ -209,7 +209,7 @@ static inline void metrics_in_background(Metrics* m) {
 }
 
 static inline void metrics_close(Metrics* m) {
-    const double PATIENCE = 10;
+    enum { PATIENCE = 10 };                            // seconds
     if (!line_queue_stop(&m->queue, PATIENCE)) return; // its thread has the rest
     metrics_write_textfile(m);
     free(m->gauges.data);

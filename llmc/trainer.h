@@ -34,6 +34,7 @@ typedef struct {
     FastTier tier;
     Saver saver, copier;             // copier: from the fast tier to the run's directory
     uint64_t saved_step, tried_step; // of the newest durable checkpoint, and of the last attempt at one
+    uint64_t fast_step;              // of the fast tier's newest that is of this past; NO_STEP: there is none
     double save_started;             // when; at first, when training was started
     double stall;     // seconds that the last save kept training from going on; 0: none is known
     bool stall_grows; // it goes on in the step that is now computed
@@ -157,6 +158,7 @@ static inline bool load_or_init(Trainer* t, bool* resumed, Error* err) {
         t->state.data_fingerprint = t->train.fingerprint;
     }
     t->saved_step = t->tier.to_copy ? NO_STEP : t->state.step;
+    t->fast_step = t->tier.loaded ? t->state.step : NO_STEP;
     if (t->state.data_fingerprint == t->train.fingerprint) return true;
     return fail(
         err, EXIT_CONFIG,

@@ -79,7 +79,7 @@ typedef struct {
     Control control; // whose sockets are this thread's alone
     const RunConfig* run;
     GPT* gpt;
-    const Control *main, *saver, *copier; // the channels whose waiting it knows
+    const Control *main, *joined; // of main; atomic: of its thread that main waits for
     Metrics* metrics;
     WatchMessage mine;
     WatchPeer* peers;        // of rank 0: one for each rank; of others: rank 0's
@@ -172,6 +172,11 @@ static inline void watch_looked(Watchdog* w, WatchReport* r) {
     if (__atomic_load_n(&w->look, __ATOMIC_ACQUIRE) != LOOK_WANTED) call_looker(w, LOOK_WANTED);
 }
 
+// Main is about to wait for a thread of its own, which talks to others by this channel.
+static inline void watchdog_joins(Watchdog* w, const Control* channel) {
+    __atomic_store_n(&w->joined, channel, __ATOMIC_RELEASE);
+}
+
 static inline void watch_self(Watchdog* w, double awake, bool look) {
     const Flight* f = flight();
     WatchReport* r = &w->mine.report;
@@ -183,9 +188,8 @@ static inline void watch_self(Watchdog* w, double awake, bool look) {
     bool known = phase_is_regular[r->phase] && f->longest[r->phase] > 0;
     r->limit = known ? fmin(fmax(WATCH_TARDY * f->longest[r->phase], least), most) : most;
     r->late = r->age > r->limit;
-    r->waits = __atomic_load_n(&w->main->waiting, __ATOMIC_RELAXED) ||
-               (r->phase == PHASE_SAVE && (__atomic_load_n(&w->saver->waiting, __ATOMIC_RELAXED) ||
-                                           __atomic_load_n(&w->copier->waiting, __ATOMIC_RELAXED)));
+    const Control* joined = r->phase == PHASE_SAVE ? __atomic_load_n(&w->joined, __ATOMIC_ACQUIRE) : w->main;
+    r->waits = control_waits(w->main) || control_waits(joined);
     r->looked = 0, r->num_open = 0;
     if (look || r->late)
         watch_looked(w, r);
@@ -396,7 +400,7 @@ __attribute__((noreturn)) static inline void watch_end(Watchdog* w, const Error*
         event_end(w->metrics, &line);
     }
     flight_write(w, why);
-    if (say) line_queue_flush(&w->metrics->queue, 2);
+    line_queue_flush(&w->metrics->queue, 2);
     _exit(why->code);
 }
 
@@ -562,7 +566,7 @@ static inline void* watch_main(void* argument) {
     return NULL;
 }
 
-// w->control is open; run, gpt, main, saver, copier, metrics and mine.local_rank are set.
+// w->control is open; run, gpt, main, joined, metrics and mine.local_rank are set.
 static inline bool watchdog_start(Watchdog* w, Error* err) {
     node_name(w->mine.host);
     w->peers = (WatchPeer*)calloc_check((size_t)watch_num_peers(w) + 1, sizeof *w->peers);

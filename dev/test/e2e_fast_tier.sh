@@ -156,11 +156,37 @@ check "which is said" said hit '^note: .*run_id is not of this directory'
 again
 check "another number of processes goes on from the durable one" goes_on 4 "$work/hit" 2
 check "and says what it does not use" said hit '^note: .* has checkpoints of another number of processes'
-newer() { # a start without the tier leaves a durable step behind the tier's newest
-    run 0 newer "${tier[@]}" schedule.max_steps=8 && run 0 newer schedule.max_steps=12 && run 0 newer "${tier[@]}" &&
+again
+run 2 hit "${tier[@]}" schedule.max_steps=8
+check "which leaves nothing behind that this number could take up again" run 4 hit "${tier[@]}"
+check "it goes on from the durable one, too" said hit "^weights from $work/hit.*, step 8\$"
+again
+run 4 hit schedule.max_steps=8
+check "a start without the tier gives up what it has" goes_on 8 "$work/hit"
+newer() { # one that writes no checkpoint of its own, but gets one
+    run 0 newer "${tier[@]}" schedule.max_steps=8 && cp "$work/newer/run_id" "$work" && run 0 newer schedule.max_steps=12 &&
+        [ ! -e "$work/newer/run_id" ] && mv "$work/run_id" "$work/newer" && run 0 newer "${tier[@]}" &&
         said newer "^weights from $work/newer.*, step 12\$"
 }
 check "a durable checkpoint that is newer is used" newer
+again
+rm "$work/hit/run_id" && mkdir "$work/hit/run_id"
+unread() { ! run 4 hit "${tier[@]}" && said hit '^error: .*run_id.*; remove it to give up what checkpoint.fast_dir has$'; }
+check "a run_id that cannot be read is no reason to forget the tier" unread
+
+spoilt() { # the last step is whole in memory, and not in the tier, while its copy has not begun
+    local rank trainer
+    held end
+    run 4 end "${tier[@]}" checkpoint.every=0 &
+    trainer=$!
+    for rank in 0 1 2 3; do saved end $rank $last; done
+    damage "$(part end 1 4 $last)/$(cd "$(part end 1 4 $last)" && ls | grep optim)"
+    free
+    wait $trainer
+}
+check "a last step that the tier does not give back" spoilt
+check "is said" said end "^warning: step $last cannot be copied from checkpoint.fast_dir: .*rank_00001-of-00004"
+check "and is written from memory" same end plain4
 
 # ----------------------------------------------------------------------------
 # a tier that cannot be written
@@ -169,12 +195,17 @@ check "a directory that is not there" run 4 missing checkpoint.fast_dir="$work/n
 check "is a warning at each save" test "$(grep -c '^warning: step .*is its disk mounted' "$work/missing.err")" -eq 4
 check "and the durable checkpoints are there" same_files plain4 missing
 check "nothing was made in its place" test ! -e "$work/none"
-if mount -t tmpfs -o size=1200k tmpfs "$work/small" 2>/dev/null; then
+if mount -t tmpfs -o size=2000k tmpfs "$work/small" 2>/dev/null; then
     check "a disk that is too small" run 4 full checkpoint.fast_dir="$work/small"
     check "is a warning" said full '^warning: step .* is not in checkpoint.fast_dir: .*(free some space|No space)'
     check "and the durable checkpoints are there, too" same_files plain4 full
-    check "what is left in the tier is left in every process" \
-        [ "$(cd "$work/small" && ls -d */rank*/step_* 2>/dev/null | sed 's|.*/||' | sort | uniq -c | grep -cv '^ *4 ')" -eq 0 ]
+    left() { # the first save has room, the others have not
+        local steps
+        steps=$(cd "$work/small" && ls -d */rank*/step_* | sed 's|.*/||' | sort | uniq -c)
+        echo "$steps"
+        [ -n "$steps" ] && ! grep -qv '^ *4 ' <<<"$steps"
+    }
+    check "what is left in the tier is left in every process" left
 else
     skip_test "a disk that is too small" "mount is not permitted here"
 fi

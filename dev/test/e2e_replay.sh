@@ -21,7 +21,7 @@ layout() {
     [ "${chosen/ $layout /}" != "$chosen" ] || return
     FAULT_TRACE=$work/rows.$place check "$layout: as it is" train "$layout" "$ranks" "${run[@]}"
     name=$layout.twice
-    check "$layout: every step twice" train "$name" "$ranks" "${run[@]}" guard.replay_every=1
+    check "$layout: every step twice, weights compared, layers measured" train "$name" "$ranks" "${run[@]}" guard.{replay_every,check_every}=1 log.layers_every=1
     check "$layout: the same bits" same "$layout" "$name"
     check "$layout: there is no alarm" [ "$(events)" -eq 0 ]
     for rank in $3; do

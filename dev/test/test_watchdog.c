@@ -118,7 +118,7 @@ static void beat(double awake, bool look) {
 static void start_watching(void) {
     memset(&watchdog, 0, sizeof watchdog), memset(&run, 0, sizeof run), memset(flight(), 0, sizeof(Flight));
     run.parallel.hang_seconds_min = 60, run.parallel.hang_seconds_max = 1800;
-    watchdog.run = &run, watchdog.main = &channels[0], watchdog.saver = watchdog.copier = &channels[1],
+    watchdog.run = &run, watchdog.main = &channels[0], watchdog.joined = &channels[1],
     watchdog.control.size = 1;
 }
 
