@@ -22,7 +22,10 @@ enum { FAST_KEEP = 2 }; // newest ones; the one that is being copied stays besid
 typedef struct {
     char base[PATH_MAX], run[PATH_MAX];
     char directory[PATH_MAX]; // this process's; "": there is no fast tier
-    bool loaded, to_copy;     // by the last load: it was from here; and there is no durable one of that step
+    // by the last load: it was from here; there is no durable one of that step; what else is whole here, newest first
+    bool loaded, to_copy;
+    uint64_t older[2 * FAST_KEEP];
+    int num_older;
 } FastTier;
 
 static inline bool draw_id(char id[ID_DIGITS + 1], Error* err) {
@@ -240,6 +243,9 @@ static inline bool fast_load_newest(FastTier* tier, const char* checkpoints_dir,
                     (unsigned long long)list.steps[i], damaged ? " and is removed" : "", why.text);
         if (damaged) checkpoint_remove(tier->directory, list.steps[i], &ignored);
     }
+    tier->num_older = 0;
+    for (int i = 0; i < list.count && tier->num_older < 2 * FAST_KEEP; i++)
+        if (list.steps[i] < into->state.step) tier->older[tier->num_older++] = list.steps[i];
     free(list.steps);
     if (!ok || !tier->loaded) return ok;
     tier->to_copy = !step_path(path, checkpoints_dir, into->state.step, "", err) || access(path, F_OK) != 0;

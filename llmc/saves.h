@@ -121,6 +121,30 @@ static inline void finish_saves_or_warn(Trainer* t) {
     warn_unless(t, finish_copy, &t->copier);
 }
 
+// Training begins: what was loaded from the fast tier is copied beside it; before that, the permanent checkpoints there
+// that a kill kept from being copied, since new ones take their place.
+static inline bool copy_what_was_left(Trainer* t, Error* err) {
+    const FastTier* tier = &t->tier;
+    uint64_t every = (uint64_t)t->run.checkpoint.permanent_every, saved = t->saved_step;
+    char directory[PATH_MAX], path[PATH_MAX];
+    if (!tier->loaded || checkpoints_directory(t, directory, err) == NULL) return !tier->loaded;
+    for (int i = 0; i < tier->num_older && every > 0; i++) {
+        uint64_t step = tier->older[i];
+        TrainState state;
+        Error why = {0, {0}};
+        bool there = step_path(path, directory, step, "", err) && access(path, F_OK) == 0;
+        if (step % every != 0) continue;
+        if (!control_broadcast(&t->control, &there, sizeof there, err)) return false;
+        if (there) continue;
+        bool read = step_path(path, tier->directory, step, "", &why) && train_state_load(&state, path, &why);
+        read = control_agree(&t->control, &why) && read;
+        if (!read || !start_copy(t, &state, &why) || !finish_copy(t, &why))
+            warn_of_no_checkpoint(t, step, &why);
+    }
+    t->saved_step = saved;
+    return !tier->to_copy || start_copy(t, &t->state, err);
+}
+
 // Takes what is there, without waiting.
 static inline void take_results(Trainer* t) {
     if (!t->stall_grows && saver_has_result(&t->saver)) warn_unless(t, finish_write, &t->saver);

@@ -3,7 +3,7 @@
 #include "llmc/evaluate.h"      // defines: evaluate, generate
 #include "llmc/flops.h"         // defines: flops_per_token
 #include "llmc/guard_actions.h" // defines: guard_orders, guard_count, guard_judge, guard_act, guard_rewind
-#include "llmc/saves.h"         // defines: save, save_last, finish_saves_or_warn, take_results, step_requests
+#include "llmc/saves.h"         // defines: save, save_last, copy_what_was_left, take_results, step_requests
 #include "llmc/schedule.h"      // defines: learning_rate
 
 // The rate is that of t->seconds_per_step. Where the device's peak is known, the share of it (MFU, counting
@@ -221,7 +221,7 @@ static inline bool run_steps(Trainer* t, Prefetch* prefetch, bool* rewind, Error
 static inline bool train_loop(Trainer* t, Error* err) {
     const Layout* l = &t->run.layout;
     bool ok = false, rewind = false;
-    if (t->tier.to_copy && !start_copy(t, &t->state, err)) return false;
+    if (!copy_what_was_left(t, err)) return false;
     do { // once, and once more after each rewind
         Prefetch prefetch;
         if (rewind) finish_saves_or_warn(t); // it may be the one to go back to

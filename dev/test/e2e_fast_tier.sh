@@ -130,6 +130,12 @@ mkdir "$work/saved" && cp -a "$work/hit" "$fast" "$work/saved"
 check "goes on from step 11" goes_on 11 "$fast"
 check "which is copied at once" grep -q 'save *11 .*hit/checkpoints' "$work/hit.out"
 again
+kept_for_good() { # what was being copied is older than what it goes on from, and would be pruned in both places
+    run 4 hit "${tier[@]}" checkpoint.permanent_every=8 checkpoint.keep_last=1 && ls "$work/hit/checkpoints" &&
+        [ "$(cd "$work/hit/checkpoints" && echo *)" = "step_00000008 step_00000016" ] && same hit plain4
+}
+check "a permanent checkpoint that was being copied is there, too" kept_for_good
+again
 rm -r "$(part hit 2 4)"
 check "one process has lost its disk: all go on from step 4" goes_on 4 "$work/hit"
 check "that is said" said hit '^note: step 11 is not in checkpoint.fast_dir of every process'

@@ -115,16 +115,33 @@ cp -r "$work/data" "$work/spoilt"
 start spoilt "data.train=$work/spoilt/train_*.bin"
 check "a run whose data will be damaged gets on" trains spoilt 3
 truncate -s 2000 "$work/spoilt/train_000000.bin"
-fails_alone() {
-    over spoilt
+fails_alone() { # NAME
+    over "$1"
     local code
-    code=$(cat "$work/spoilt.code")
-    [ "$code" = 65 ] || [ "$code" = 74 ] && grep -q '^error: .*train_000000.bin' "$work/spoilt.err" && return
+    code=$(cat "$work/$1.code")
+    [ "$code" = 65 ] || [ "$code" = 74 ] && grep -q '^error: .*train_000000.bin' "$work/$1.err" && return
     echo "code $code"
-    cat "$work/spoilt.err"
+    cat "$work/$1.err"
     return 1
 }
-check "data that go away end all ranks with the same code" fails_alone
+check "data that go away end all ranks with the same code" fails_alone spoilt
+
+# the same on one rank alone, while what follows a save has not begun: rank 1's part of the fast tier is held up
+mkdir -p "$work/fast" "$work"/node/{0,1,2,3}
+for rank in 0 1 3; do ln -s "$work/data" "$work/node/$rank"; done
+cp -r "$work/data" "$work/node/2"
+(
+    dev/emu/launch -n $ranks sh -c "root=\$PWD; cd $work/node/\$RANK; exec \$root/train_gpt_emu train \$root/configs/tiny_llama.json \"\$@\"" \
+        sh "${data[@]}" "data.train=data/train_*.bin" "log.run_dir=$work/behind" "${small[@]}" checkpoint.fast_dir="$work/fast" \
+        checkpoint.every=40 >"$work/behind.out" 2>"$work/behind.err"
+    echo $? >"$work/behind.code"
+) &
+check "a run with a fast tier gets on" trains behind 41
+flock "$work"/fast/*/rank_00001-of-00004 sleep 60 &
+check "and saves while that is held up" trains behind 81
+truncate -s 2000 "$work/node/2/data/train_000000.bin"
+check "data that go away on one rank end all with the same code" fails_alone behind
+pkill -KILL -P $! sleep
 
 # A config that is wrong in the same words on all ranks, and on one alone: it is said once, at the latest when nobody else
 # has said it. A rank's code goes to NAME.code.RANK.
