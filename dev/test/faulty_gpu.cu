@@ -18,7 +18,8 @@ static void faulty_add_sum(ExactSum* sum, const float* x, int n, cudaStream_t st
     loss_done = true;
 }
 
-// One bit in the middle of a number flips behind one call of a step, once.
+// One bit flips behind one call of a step, once: in bf16 it makes a number 2^16 times as large, or as small, so that it
+// cannot get lost among others.
 typedef struct {
     const char* what;
     int calls; // in this step
@@ -26,7 +27,7 @@ typedef struct {
 static FlipPlace forward = {"forward", 0}, attention = {"attention", 0}, matrix = {"matrix", 0},
                  residual_stream = {"stream", 0};
 
-static __global__ void flip_kernel(uint16_t* number) { *number ^= 32; }
+static __global__ void flip_kernel(uint16_t* number) { *number ^= 0x800; }
 static void flip_after_call(FlipPlace* place, void* number, cudaStream_t stream) {
     double call;
     if (faulty.flipped || !fault_in_step(place->what, &call) || place->calls++ != (int)call) return;
