@@ -171,7 +171,11 @@ static inline void meeting_decide(Meeting* m, int i) {
     Handshake* h = &m->pending[i];
     Control* c = m->control;
     int rank = handshake_read(h->answer, &m->job, &h->nonce, c->size);
-    if (rank == 0) m->refused++;
+    if (rank == 0 && m->refused++ == 0)
+        fprintf(
+            stderr,
+            "warning: a process with another run config or PRETRAIN_SECRET was refused: if it is a rank of "
+            "this run, its arguments or files are not those of the others\n");
     if (rank > 0) meeting_drop_dead(m, rank);
     bool taken = rank > 0 && c->sockets[rank] < 0;
     Digest d = handshake_digest(&m->job, &h->nonce, taken ? ANSWER_ACCEPTED : ANSWER_DUPLICATE);

@@ -149,7 +149,7 @@ wrong() { # NAME 'what a rank does to its arguments'
     (
         LAUNCH_PATIENCE=1 dev/emu/launch -n $ranks sh -c "config=configs/tiny_llama.json; $2
             ./train_gpt_emu train \$config \"\$@\"; code=\$?; echo \$code >$work/$1.code.\$RANK; exit \$code" sh "${data[@]}" \
-            "log.run_dir=$work/$1" "${small[@]}" schedule.max_steps=1 parallel.start_timeout=20 >"$work/$1.out" 2>"$work/$1.err"
+            "log.run_dir=$work/$1" "${small[@]}" schedule.max_steps=1 "parallel.start_timeout=${wait:-60}" >"$work/$1.out" 2>"$work/$1.err"
         echo $? >"$work/$1.code"
     ) &
 }
@@ -158,6 +158,7 @@ wrong words 'config=nonsense'
 wrong alone '[ $RANK != 2 ] || set -- "$@" model.hiden_size=8'
 wrong first '[ $RANK != 0 ] || set -- "$@" model.hiden_size=8'
 wrong missing '[ $RANK != 3 ] || config=configs/not_there.json'
+wait=20 wrong differs '[ $RANK != 2 ] || set -- "$@" guard.window=9'
 said_once() { # NAME CODE 'regular expression' [RANK ...]: these ranks have ended by themselves, with the code
     local name=$1 code=$2 text=$3 rank
     shift 3
@@ -172,6 +173,8 @@ check "an error of all ranks is said once, and is the code of all" said_once eve
 check "so is one of the command line" said_once words 64 "nonsense is neither" 0 1 2 3
 check "an error of one rank is said" said_once alone 78 hiden_size 2
 check "one of the first rank alone is said once" said_once first 78 hiden_size 0
+differs() { over differs; cat "$work/differs.err"; [ "$(grep -c '^warning: .*another run config' "$work/differs.err")" = 1 ]; }
+check "a rank with another config is spoken of while it is waited for" differs
 check "one rank's missing file is said" said_once missing 66 not_there 3
 
 # the self-test: the program is started by a shell, which breaks the GPU of one rank
