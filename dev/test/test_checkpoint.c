@@ -26,113 +26,8 @@ static ssize_t shy_write(int fd, const void* data, size_t n) {
 #define read shy_read
 #define write shy_write
 
-#include "dev/test/tiny_models.h" // defines: tiny_model, Weights, weights_*, temporary_directory, remove_tree
 #include "llmc/checkpoint_tool.h" // defines: checkpoint_verify, checkpoint_info, checkpoint_diff
-#include "llmc/fast_tier.h"       // defines: fast_save, fast_load_newest, checkpoint_save, checkpoint_read
-#include <setjmp.h>
-#include <cmocka.h> // last: it has a macro fail()
-
-// ----------------------------------------------------------------------------
-// one run: a directory of checkpoints and what was saved there
-
-static char run[TEMPORARY_PATH];
-static ModelConfig model;
-static Weights saved[2], loaded; // saved[k]: the weights of step 10 * (k + 1)
-
-static TrainState state_of(uint64_t step) {
-    TrainState s = {step,
-                    step * 1000,
-                    step * 8,
-                    0xFEDCBA9876543210ull + step,
-                    3,
-                    1,
-                    2,
-                    {step, 1.0 / 3, 5e-324},
-                    {4, -1e308, 0.1}};
-    return s;
-}
-
-static CheckpointData data_of(Weights* w, uint64_t step) {
-    CheckpointData d = {&model, w->params, w->m, w->v, state_of(step), "{\n  \"seed\": 1\n}\n", NULL,
-                        0,      0,         NULL, NULL};
-    return d;
-}
-
-static void save(Weights* w, uint64_t step, int keep_last, uint64_t permanent_every) {
-    Error err = {0, {0}};
-    CheckpointData d = data_of(w, step);
-    if (!checkpoint_save(run, &d, keep_last, permanent_every, &err)) fail_msg("%s", err.text);
-}
-
-// Loads the newest; returns its step, 0 when nothing was found, -1 on an error.
-static long load(Error* err) {
-    bool found;
-    CheckpointData d = data_of(&loaded, 0);
-    memset(err, 0, sizeof *err);
-    memset(loaded.params, 0xAB, loaded.count * 4);
-    memset(loaded.m, 0xAB, loaded.count * 4);
-    memset(loaded.v, 0xAB, loaded.count * 4);
-    if (!checkpoint_load_newest(run, &d, &found, err)) return -1;
-    if (!found) return 0;
-    TrainState expected = state_of(d.state.step);
-    assert_memory_equal(&d.state, &expected, sizeof expected);
-    return (long)d.state.step;
-}
-
-static const char* in_run(const char* name) {
-    static char paths[4][PATH_MAX];
-    static int next;
-    char* path = paths[next++ % 4];
-    snprintf(path, PATH_MAX, "%s/%s", run, name);
-    return path;
-}
-
-static bool exists(const char* name) { return access(in_run(name), F_OK) == 0; }
-
-static void begin_run(int which_model) {
-    temporary_directory(run);
-    model = tiny_model(which_model);
-    for (int k = 0; k < 2; k++) {
-        saved[k] = weights_new(&model);
-        weights_fill(&saved[k], (uint64_t)k);
-    }
-    loaded = weights_new(&model);
-}
-
-static void end_run(void) {
-    remove_tree(run);
-    for (int k = 0; k < 2; k++) weights_free(&saved[k]);
-    weights_free(&loaded);
-}
-
-// Two checkpoints, of step 10 and 20.
-static int setup(void** state) {
-    (void)state;
-    begin_run(3);
-    save(&saved[0], 10, 5, 0);
-    save(&saved[1], 20, 5, 0);
-    return 0;
-}
-
-static int teardown(void** state) {
-    (void)state;
-    end_run();
-    shy_io = false;
-    return 0;
-}
-
-static char* slurp(const char* path, size_t* size) {
-    Error err = {0, {0}};
-    *size = 0;
-    char* data = read_file(path, SIZE_MAX, size, &err);
-    if (data == NULL) fail_msg("%s", err.text);
-    return data;
-}
-
-static void spill(const char* path, const void* data, size_t size) {
-    int fd = open(path, O_WRONLY | O_CREAT | O_TRUNC, 0666);
-    assert_true(fd >= 0 && write_all(fd, data, size) && close(fd) == 0);
-}
+#include "dev/test/checkpointed_run.h" // defines: run, model, saved, loaded, save, load, in_run, exists, ON_A_RUN ...
 
 // ----------------------------------------------------------------------------
 // saving and loading
@@ -628,96 +523,6 @@ static void test_commands(void** state) {
     assert_int_equal(damaged, EXIT_BAD_DATA);
 }
 
-// ----------------------------------------------------------------------------
-// the fast tier of one process; of several: e2e_fast_tier.sh
-
-static FastTier tier;
-static CheckpointPart part;
-static Control one = {.size = 1};
-
-// Of saved[k] at this step; the tier is a directory of the run.
-static CheckpointData fast_data(int k, uint64_t step, uint64_t copied) {
-    Error err = {0, {0}};
-    CheckpointData d = data_of(&saved[k], step);
-    d.control = &one, d.part = &part, d.begin = 0, d.end = parameter_layout(&model).num_parameters;
-    memset(&part, 0, sizeof part);
-    snprintf(tier.base, sizeof tier.base, "%s", run);
-    snprintf(tier.run, sizeof tier.run, "%s", in_run("fast"));
-    snprintf(tier.directory, sizeof tier.directory, "%s", in_run("fast/rank_00000-of-00001"));
-    if (!fast_save(&tier, &d, &part, copied, &err)) fail_msg("%s", err.text);
-    part.alone = false;
-    assert_true(step_path(part.source, tier.directory, step, "", &err));
-    return d;
-}
-
-// The newest two stay, and the one that is being copied; nothing that is newer than what was saved last.
-static void test_fast_retention(void** state) {
-    (void)state;
-    static const struct {
-        uint64_t step, copied;
-        const char* left;
-    } saves[] = {{30, 0, " 30"},     {31, 0, " 31 30"},     {32, 30, " 32 31 30"}, {33, 30, " 33 32 30"},
-                 {34, 0, " 34 33"},  {33, 0, " 33"},        {33, 33, " 33"},       {40, 33, " 40 33"},
-                 {36, 33, " 36 33"}, {37, 33, " 37 36 33"}, {38, 0, " 38 37"},     {10, 0, " 10"}};
-    for (size_t i = 0; i < sizeof saves / sizeof saves[0]; i++) {
-        char left[64] = "";
-        Error err = {0, {0}};
-        StepList list;
-        fast_data(0, saves[i].step, saves[i].copied);
-        assert_true(steps_list(tier.directory, false, &list, &err));
-        for (int k = 0; k < list.count; k++)
-            snprintf(left + strlen(left), sizeof left - strlen(left), " %d", (int)list.steps[k]);
-        assert_string_equal(left, saves[i].left);
-        free(list.steps);
-    }
-}
-
-// A damage that came to the disk of the tier does not go into the copy unseen, whichever byte it is.
-static void test_damaged_copies(void** state) {
-    (void)state;
-    static const char* const files[] = {"model.safetensors", "optim-00001-of-00001.safetensors",
-                                        manifest_name};
-    for (int f = 0; f < 3; f++)
-        for (int k = 0; k < 20; k++) {
-            char path[PATH_MAX + 64];
-            size_t size;
-            Error err = {0, {0}};
-            CheckpointData d = fast_data(1, 30, 0);
-            snprintf(path, sizeof path, "%s/%s", part.source, files[f]);
-            char* text = slurp(path, &size);
-            text[size * (size_t)k / 20] ^= 4;
-            spill(path, text, size);
-            free(text);
-            assert_false(checkpoint_save(run, &d, 9, 0, &err));
-            assert_int_equal(err.code, EXIT_IO); // another try may help: the run does not end for good
-            assert_false(exists("step_00000030") || exists("step_00000030.tmp"));
-            assert_int_equal(load(&err), 20);
-        }
-    Error err = {0, {0}};
-    CheckpointData d = fast_data(0, 30, 0); // saved[0] is what step 10 has, too
-    assert_true(checkpoint_save(run, &d, 9, 0, &err));
-    assert_int_equal(load(&err), 30);
-    assert_true(weights_equal(&loaded, &saved[0]));
-}
-
-// A model that is another one's is no damage: nothing is removed, and nothing older used in its place.
-static void test_fast_tier_of_another_model(void** state) {
-    (void)state;
-    Error err = {0, {0}};
-    bool found;
-    fast_data(1, 30, 0);
-    ModelConfig other = tiny_model(3);
-    other.max_position_embeddings *= 2;
-    CheckpointData d = data_of(&loaded, 0);
-    d.control = &one, d.model = &other, d.end = parameter_layout(&other).num_parameters;
-    d.params = d.m = d.v = NULL;
-    assert_false(fast_load_newest(&tier, run, &d, &found, &err));
-    assert_int_equal(err.code, EXIT_CONFIG);
-    assert_true(exists("fast/rank_00000-of-00001/step_00000030") && exists("step_00000020"));
-}
-
-#define ON_A_RUN(test) cmocka_unit_test_setup_teardown(test, setup, teardown)
-
 int main(void) {
     const struct CMUnitTest tests[] = {
         cmocka_unit_test(test_round_trip),
@@ -737,9 +542,6 @@ int main(void) {
         cmocka_unit_test(test_bad_states),
         ON_A_RUN(test_moments_in_pieces),
         ON_A_RUN(test_commands),
-        ON_A_RUN(test_fast_retention),
-        ON_A_RUN(test_damaged_copies),
-        ON_A_RUN(test_fast_tier_of_another_model),
     };
     // Thousands of damages, each named on stderr: only the tests' own messages are for the reader.
     if (getenv("VERBOSE") == NULL && freopen("/dev/null", "w", stderr) == NULL) return EXIT_OS;
