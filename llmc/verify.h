@@ -184,8 +184,8 @@ static inline int verify_run(const char* program, const char* config, const char
 
 // What a run left behind.
 typedef struct {
-    float* gradients;       // of the first step, times what they were clipped by and 1 - beta1
-    float *start, *weights; // behind the first; behind the last
+    float* gradients; // of the first step, times what they were clipped by and 1 - beta1
+    float* weights;   // behind the last
     double losses[VERIFY_STEPS], grad_norm; // of every step; of the first
 } VerifyResult;
 
@@ -214,16 +214,15 @@ static inline bool verify_read_log(VerifyResult* out, const RunConfig* run, Erro
 static inline bool verify_read(VerifyResult* out, const RunConfig* run, Error* err) {
     size_t n = parameter_layout(&run->model).num_parameters;
     char checkpoints[PATH_MAX], path[PATH_MAX];
-    float* scratch = (float*)calloc_check(2 * n, sizeof *scratch);
+    float* scratch = (float*)calloc_check(3 * n, sizeof *scratch);
     out->gradients = (float*)calloc_check(n, sizeof(float));
-    out->start = (float*)calloc_check(n, sizeof(float));
     out->weights = (float*)calloc_check(n, sizeof(float));
     bool ok = path_join(checkpoints, run->log.run_dir, "checkpoints", err);
     for (int last = 0; ok && last < 2; last++) {
         CheckpointData data;
         memset(&data, 0, sizeof data);
         data.model = &run->model;
-        data.params = last ? out->weights : out->start, data.m = last ? scratch : out->gradients;
+        data.params = last ? out->weights : scratch + 2 * n, data.m = last ? scratch : out->gradients;
         data.v = scratch + n;
         ok = step_path(path, checkpoints, last ? run->schedule.max_steps : 1, "", err) &&
              checkpoint_load(path, &data, err);
@@ -232,7 +231,7 @@ static inline bool verify_read(VerifyResult* out, const RunConfig* run, Error* e
     return ok && verify_read_log(out, run, err);
 }
 
-static inline void verify_free(VerifyResult* r) { free(r->gradients), free(r->start), free(r->weights); }
+static inline void verify_free(VerifyResult* r) { free(r->gradients), free(r->weights); }
 
 static inline int remove_old(const char* path, const struct stat* s, int type, struct FTW* at) {
     (void)s, (void)type, (void)at;
@@ -339,6 +338,7 @@ static inline VerifyVerdict verify_compare(const RunConfig* run, const VerifyRes
     const ModelConfig* c = &run->model;
     ParameterLayout p = parameter_layout(c);
     VerifyVerdict verdict = {0, "", "", true};
+    float* start = (float*)calloc_check(p.num_parameters, sizeof *start); // as training began
     for (int trained = 0; trained < 2; trained++)
         for (int i = 0; i < NUM_TENSORS; i++)
             for (int l = 0; l < tensor_copies(c, (enum TensorId)i) && p.size[i] != 0; l++) {
@@ -347,7 +347,8 @@ static inline VerifyVerdict verify_compare(const RunConfig* run, const VerifyRes
                 char tensor[32], name[40];
                 tensor_name(tensor, (enum TensorId)i, l);
                 snprintf(name, sizeof name, "%s%s", trained ? "trained " : "", tensor);
-                verify_error(truth->start + at, truth->weights + at, n, &way, &size);
+                init_tensor(start + at, c, (enum TensorId)i, l, run->seed);
+                verify_error(start + at, truth->weights + at, n, &way, &size);
                 if (trained)
                     verify_tensor(&verdict, name, ours->weights + at, plain->weights + at,
                                   truth->weights + at, n, p.cols[i], (0.05 + 2 / sqrt((double)n)) * way);
@@ -356,6 +357,7 @@ static inline VerifyVerdict verify_compare(const RunConfig* run, const VerifyRes
                     verify_tensor(&verdict, name, ours->gradients + at, plain->gradients + at,
                                   truth->gradients + at, n, p.cols[i], 1e-6 * size);
             }
+    free(start);
     verify_number(&verdict, "norm", 1, ours->grad_norm, plain->grad_norm, truth->grad_norm);
     for (int s = 0; s < run->schedule.max_steps; s++) {
         verdict.bitwise = verdict.bitwise && ours->losses[s] == plain->losses[s];
@@ -415,7 +417,7 @@ static inline bool verify_layouts(RunConfig* run, const char* list, const char* 
     if (readlink("/proc/self/exe", program, sizeof program - 1) < 0 ||
         !verify_split(layouts, &count, list, err) || !verify_reference(cpu, program, err))
         return false;
-    VerifyResult truth = {NULL, NULL, NULL, {0}, 0}, plain = truth;
+    VerifyResult truth = {NULL, NULL, {0}, 0}, plain = truth;
     snprintf(reference.name, sizeof reference.name, "cpu");
     verify_shrink(run, layouts, count);
     if (!verify_can_run(run, layouts, count, err)) return false;
@@ -431,7 +433,7 @@ static inline bool verify_layouts(RunConfig* run, const char* list, const char* 
                truth.losses[run->schedule.max_steps - 1], truth.grad_norm, "one process",
                plain.losses[run->schedule.max_steps - 1], plain.grad_norm);
     for (int i = 0; ok && i < count; i++) {
-        VerifyResult ours = {NULL, NULL, NULL, {0}, 0};
+        VerifyResult ours = {NULL, NULL, {0}, 0};
         Error why = {0, {0}};
         bool ran = verify_train(&ours, run, &layouts[i], work, program, &why);
         VerifyVerdict v = {0, "", "", false};
