@@ -65,12 +65,28 @@ static inline bool run_id(const char* run_dir, char id[ID_DIGITS + 1], Error* er
     return replace_file(path, expected, size, err) && directory_sync(run_dir, err);
 }
 
+// A directory of the durable checkpoints is no place for it: those are removed when newer ones are there.
+static inline bool fast_is_elsewhere(const char* fast_dir, const char* run_dir, Error* err) {
+    char durable[PATH_MAX], whole[PATH_MAX];
+    if (!path_join(durable, run_dir, "checkpoints", err)) return false;
+    char *fast = realpath(fast_dir, NULL), *kept = realpath(durable, whole);
+    size_t n = kept != NULL ? strlen(kept) : 0;
+    bool inside =
+        fast != NULL && kept != NULL && strncmp(fast, kept, n) == 0 && (fast[n] == '/' || fast[n] == '\0');
+    free(fast);
+    return !inside ||
+           fail(err, EXIT_CONFIG,
+                "checkpoint.fast_dir, %s, is in %s, from which the run removes old checkpoints: name a "
+                "directory on a disk of the node",
+                fast_dir, durable);
+}
+
 // Where this process's checkpoints are. All processes call it, and fail together.
 static inline bool fast_open(FastTier* tier, const char* fast_dir, const char* run_dir, Control* control,
                              Error* err) {
     char id[ID_DIGITS + 1] = "", name[64];
     snprintf(name, sizeof name, "rank_%05d-of-%05d", control->rank, control->size);
-    if (control->rank == 0) run_id(run_dir, id, err);
+    if (control->rank == 0 && fast_is_elsewhere(fast_dir, run_dir, err)) run_id(run_dir, id, err);
     snprintf(tier->base, sizeof tier->base, "%s", fast_dir);
     return control_agree(control, err) && control_broadcast(control, id, sizeof id, err) &&
            path_join(tier->run, fast_dir, id, err) && path_join(tier->directory, tier->run, name, err);

@@ -53,7 +53,11 @@ static inline void line_queue_start(LineQueue* q, void (*write)(void*, const cha
                                     const char* name) {
     memset(q, 0, sizeof *q);
     q->write = write, q->to = to, q->name = name, q->limit = LINE_QUEUE_BYTES;
-    pthread_mutex_init(&q->mutex, NULL);
+    pthread_mutexattr_t checked;
+    pthread_mutexattr_init(&checked);
+    pthread_mutexattr_settype(&checked, PTHREAD_MUTEX_ERRORCHECK);
+    pthread_mutex_init(&q->mutex, &checked);
+    pthread_mutexattr_destroy(&checked);
     pthread_condattr_t clock; // a wait must not end, or last, when somebody sets the time of day
     pthread_condattr_init(&clock);
     pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
@@ -83,8 +87,9 @@ static inline bool line_queue_flush(LineQueue* q, int seconds) {
     if (!q->running) return true;
     clock_gettime(CLOCK_MONOTONIC, &until);
     until.tv_sec += seconds;
-    pthread_mutex_lock(&q->mutex);
     int late = 0;
+    if (pthread_mutex_lock(&q->mutex) != 0)
+        return false; // memory was out in line_queue_put, which then exits
     while ((q->waiting.size > 0 || q->writing) && late == 0)
         late = pthread_cond_timedwait(&q->changed, &q->mutex, &until);
     bool written = q->waiting.size == 0 && !q->writing;

@@ -203,13 +203,23 @@ static inline void event_end(Metrics* m, String* line) {
     free(line->data);
 }
 
-// From now on a thread writes what events say; all that is written to is open.
+// A process that gives up at once, over an error of its device for one, is not to lose the lines that led to it.
+static LineQueue* metrics_queue = NULL;
+static inline void metrics_flush_at_exit(void) {
+    if (metrics_queue != NULL) line_queue_flush(metrics_queue, 2);
+}
+
+// From now on a thread writes what events say; all that is written to is open. One log in a process has that.
 static inline void metrics_in_background(Metrics* m) {
+    static bool registered = false;
     line_queue_start(&m->queue, metrics_line, m, m->path);
+    metrics_queue = &m->queue;
+    if (!registered) registered = atexit(metrics_flush_at_exit) == 0;
 }
 
 static inline void metrics_close(Metrics* m) {
-    enum { PATIENCE = 10 };                            // seconds
+    enum { PATIENCE = 10 }; // seconds
+    if (metrics_queue == &m->queue) metrics_queue = NULL;
     if (!line_queue_stop(&m->queue, PATIENCE)) return; // its thread has the rest
     metrics_write_textfile(m);
     free(m->gauges.data);

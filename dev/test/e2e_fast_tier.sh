@@ -217,4 +217,10 @@ else
 fi
 fast_only() { ! run 0 refused checkpoint.fast_every=2 && said refused 'fast_dir is empty'; }
 check "fast_every without fast_dir is refused" fast_only
+among() { # it would be removed with an old checkpoint
+    mkdir -p "$work/among/checkpoints/tier" && ! run 2 among checkpoint.fast_dir="$work/among/checkpoints/tier" &&
+        said among 'fast_dir, .*, is in .*, from which the run removes' &&
+        [ ! -e "$work/among/checkpoints/step_00000004" ]
+}
+check "fast_dir among the durable checkpoints is refused" among
 finish

@@ -3,6 +3,7 @@
 #include "llmc/metrics.h" // defines: Metrics, metrics_open, event_begin ..., format_duration, print_escaped
 // cmocka's macro fail() would hide ours, so its header comes last
 #include <setjmp.h>
+#include <sys/wait.h>
 #include <cmocka.h>
 
 static char directory[PATH_MAX], path[PATH_MAX + 16], textfile[PATH_MAX + 16];
@@ -244,6 +245,37 @@ static void test_textfile_is_not_written_too_often(void** state) {
     free(text);
 }
 
+// The thread that writes is behind, and the process gives up.
+static void test_exit_loses_no_line(void** state) {
+    (void)state;
+    enum { LINES = 5000 };
+    fflush(stdout);
+    pid_t child = fork();
+    assert_true(child >= 0);
+    if (child == 0) {
+        static Metrics m;
+        open_log(&m);
+        metrics_in_background(&m);
+        for (int i = 0; i < LINES; i++) {
+            String line = event_begin("step", (uint64_t)i);
+            event_end(&m, &line);
+        }
+        Error err = {EXIT_OS, "the device has failed"};
+        fclose(stderr);
+        exit_with(&err);
+    }
+    int status;
+    assert_int_equal(waitpid(child, &status, 0), child);
+    assert_true(WIFEXITED(status) && WEXITSTATUS(status) == EXIT_OS);
+    Error err = {0};
+    size_t size = 0, lines = 0;
+    char* text = read_file(path, 1 << 22, &size, &err);
+    assert_non_null(text);
+    for (size_t i = 0; i < size; i++) lines += text[i] == '\n';
+    assert_int_equal(lines, LINES);
+    free(text);
+}
+
 static void test_print_escaped(void** state) {
     (void)state;
     char text[64] = {0};
@@ -262,6 +294,7 @@ int main(void) {
         cmocka_unit_test(test_no_directory),
         cmocka_unit_test_setup_teardown(test_textfile, setup, teardown),
         cmocka_unit_test_setup_teardown(test_textfile_is_not_written_too_often, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_exit_loses_no_line, setup, teardown),
         cmocka_unit_test(test_duration),
         cmocka_unit_test(test_print_escaped),
     };
