@@ -1,6 +1,7 @@
 // What a layout costs: traffic against numbers from a pencil, time against what must hold, the search, what
 // is printed.
-#include "llmc/layout_search.h" // defines: layout_traffic, layout_cost, layout_search, layout_print ...
+#include "dev/test/pipeline_time.h" // defines: pipeline_simulate
+#include "llmc/layout_search.h"     // defines: layout_traffic, layout_cost, layout_search, layout_print ...
 // cmocka's macro fail() would hide ours, so its header comes last
 #include <setjmp.h>
 #include <cmocka.h>

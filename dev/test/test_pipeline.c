@@ -1,5 +1,6 @@
 // Pipeline schedules: every list of every small pipeline, run against the rules, and times against formulas.
-#include "llmc/pipeline.h" // defines: pipeline_list, pipeline_check, pipeline_layers, pipeline_simulate
+#include "dev/test/pipeline_time.h" // defines: pipeline_simulate, pipeline_simulate_lists
+#include "llmc/pipeline.h"          // defines: pipeline_list, pipeline_check, pipeline_layers
 // cmocka's macro fail() would hide ours, so its header comes last
 #include <setjmp.h>
 #include <cmocka.h>
