@@ -3,7 +3,7 @@
 // What a piece is, a regular expression says; PCRE2 runs it, and any expression that a tokenizer.json holds.
 // The four patterns that nearly every model uses also have a hand-written matcher of their ASCII case,
 // several times faster than the expression: it hands a piece to PCRE2 as soon as the decision would need to
-// look at a byte >= 0x80. dev/test/test_tokenizer.c holds the two against each other.
+// look at a byte >= 0x80. dev/test/test_pretokenize.c holds the two against each other.
 //
 // A document is any sequence of bytes. Each well-formed UTF-8 stretch is split as a text of its own; the
 // bytes between two stretches, which no UTF-8 sequence begins at, are one piece: nothing is lost or

@@ -1,20 +1,7 @@
 // Training: held against the definition (count all pairs of the whole text anew for each merge) on texts full
 // of ties, and against itself for any number of threads.
-#include "dev/data/bpe_train.h" // defines: PieceCounter, piece_counter_*, bpe_train
-#include "llmc/rand.h"          // defines: random_bits
-#include "llmc/tokenizer.h"     // defines: Tokenizer, tokenizer_*, merge_piece
-#include <setjmp.h>
-#include <cmocka.h> // last: it has a macro fail()
-
-static uint32_t random_below(uint64_t* counter, uint32_t n) {
-    return random_bits(7, RANDOM_DATA, 0, (*counter)++).x[0] % n;
-}
-
-static void assert_same_hash(const Tokenizer* a, const Tokenizer* b) {
-    TokenizerHash x = tokenizer_hash(a), y = tokenizer_hash(b);
-    assert_int_equal(x.low, y.low);
-    assert_int_equal(x.high, y.high);
-}
+#include "dev/data/bpe_train.h"          // defines: PieceCounter, piece_counter_*, bpe_train
+#include "dev/test/tokenizer_fixtures.h" // defines: random_below, assert_same_hash
 
 // The definition: split, then count all pairs of all pieces anew for each merge. O(merges * text).
 static void train_naively(Tokenizer* t, const char* pattern, const char* text, size_t size,
