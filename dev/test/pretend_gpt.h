@@ -1,6 +1,6 @@
 // A program that only pretends to compute, and runs of it (commands.h, train_loop.h, trainer.h, saver.h,
-// fit.h): its weights after a step are a function of the rows it was given, it runs beside the host or not, its
-// snapshots are slow. So the order of things, what checkpoints hold and what is said can be told exactly.
+// fit.h): its weights after a step are a function of the rows it was given, it runs beside the host or not,
+// its snapshots are slow. So the order of things, what checkpoints hold and what is said can be told exactly.
 #pragma once
 #include "llmc/commands.h"           // defines: command_train, program_main, Trainer
 #include "dev/test/shard_fixtures.h" // defines: make_temp_dir, temp_path, write_counting_shard

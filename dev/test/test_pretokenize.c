@@ -1,4 +1,4 @@
-// Splitting a text into pieces: the matchers of ASCII text are held against PCRE2, UTF-8 against its definition.
+// Splitting a text into pieces: the ASCII matchers are held against PCRE2, UTF-8 against its definition.
 #include "dev/test/tokenizer_fixtures.h" // defines: random_below, plain, SPLIT, json_file, parse
 
 // What decides a split, a few bytes each: letters of contractions, digits, every kind of space, punctuation,

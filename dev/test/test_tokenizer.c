@@ -1,6 +1,6 @@
 // The ids of a text: held against golden ones (made by tiktoken and Hugging Face tokenizers, see
 // make_tokenizer_golden.py) and against a naive merge written here. Pieces: test_pretokenize.c.
-#include "dev/test/tokenizer_fixtures.h" // defines: random_below, load, rank_file, plain, parse, assert_*_hash
+#include "dev/test/tokenizer_fixtures.h" // defines: random_below, load, rank_file, plain, parse
 
 #define RELEASE "../shared/data/gpt2"
 #define SHAKESPEARE "../shared/data/text/tinyshakespeare.txt"

@@ -1,4 +1,4 @@
-// The steps of a run: their batches, what is said of them, and the way on from a bad one. What is saved of them:
+// The steps of a run: their batches, what is said of them, and the way on from a bad one. What is saved is in
 // test_saves.c.
 #include "dev/test/pretend_gpt.h" // defines: world, train, expect_ok, slurp, occurrences, weight_after, TEST
 
