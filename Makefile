@@ -47,7 +47,7 @@ BENCH    := $(patsubst dev/bench/%.c,$(BUILD)/bench/%,$(wildcard dev/bench/bench
 FUZZ     := $(patsubst dev/fuzz/%.c,$(BUILD)/fuzz/%,$(wildcard dev/fuzz/fuzz_*.c))
 HEADERS  := $(wildcard llmc/*.h)
 EMULATOR := $(wildcard $(addprefix dev/emu/,* include/*.h include/*/*.h)) llmc/bf16.h llmc/tile_cpu.h
-SOURCES  := $(wildcard *.c *.cu llmc/*.h llmc/*.cuh $(addprefix dev/*/*.,c h cu cuh)) \
+SOURCES  := $(wildcard *.c *.cu llmc/*.h llmc/*.cuh $(addprefix dev/*/*.,c h cu cuh) dev/test/emu/*) \
             $(filter dev/emu/%.h dev/emu/%.cc,$(EMULATOR))
 
 # One short line for each compiler call; V=1 shows the whole.
