@@ -82,14 +82,4 @@ template <int THREADS, typename T> __device__ static inline T block_sum(T x) {
     return warp_sum(lane < THREADS / WARP ? of_warp[lane] : T(0));
 }
 
-template <int THREADS> __device__ static inline float block_max(float x) {
-    __shared__ float of_warp[WARP];
-    int warp = (int)threadIdx.x / WARP, lane = (int)threadIdx.x % WARP;
-    x = warp_max(x);
-    __syncthreads();
-    if (lane == 0) of_warp[warp] = x;
-    __syncthreads();
-    return warp_max(lane < THREADS / WARP ? of_warp[lane] : -INFINITY);
-}
-
 __host__ __device__ static inline size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }

@@ -112,7 +112,7 @@ static inline bool guard_rewind(Trainer* t, Error* err) {
     if (t->alarm.fault == NULL) t->state.rows = guard_rows_after_rewind(t->state.rows, bad.rows, &t->run);
     if (t->control.rank > 0) return true;
     line_queue_flush(&t->metrics.queue, 10);                         // it is read
-    telemetry_resume(&t->telemetry, t->metrics.path, t->state.step); // steps that are done again count once
+    telemetry_resume(&t->telemetry, t->metrics.log.path, t->state.step); // steps that are done again count once
     printf("rewound from step %llu to step %llu, row %llu: %llu of at most %d\n",
            (unsigned long long)bad.step, (unsigned long long)t->state.step, (unsigned long long)t->state.rows,
            (unsigned long long)t->state.rewinds, t->run.guard.rewind_max);

@@ -1,55 +1,43 @@
 // What a run says to programs: log.jsonl (one object a line, the source of every plot and report), the newest
 // step's numbers in metrics.prom for Prometheus' node exporter, and those of steps and evaluations for
-// TensorBoard. What cannot be written never stops a run: it is said once, and training goes on. Nor does it wait for
+// TensorBoard. What cannot be written never stops a run (sink.h). Nor does it wait for
 // a disk that hangs: a thread writes (metrics_in_background).
 #pragma once
 #include <math.h>
 
 #include "llmc/json.h"        // defines: cJSON, json_append_string
 #include "llmc/line_queue.h"  // defines: LineQueue, line_queue_start, line_queue_put, line_queue_flush
-#include "llmc/tensorboard.h" // defines: Tensorboard, tensorboard_scalar, tensorboard_record
+#include "llmc/sink.h"        // defines: Sink, sink_append, sink_replace
+#include "llmc/tensorboard.h" // defines: tensorboard_scalar, tensorboard_record
 #include "llmc/utf8.h"        // defines: utf8_sequence
-#include "llmc/utils.h"       // defines: String, string_append, write_all
+#include "llmc/utils.h"       // defines: String, string_append
 
 typedef struct {
-    int fd;                                  // of log.jsonl; -1 once writing failed
-    char path[PATH_MAX], textfile[PATH_MAX]; // log.jsonl; metrics.prom, "" once writing failed
-    String gauges;                           // what metrics.prom shall hold; size 0: it does
-    double textfile_written;                 // when, by seconds_now; 0: not yet
-    Tensorboard tensorboard;
-    LineQueue queue; // in front of all of it
+    Sink log, textfile, tensorboard; // log.jsonl, metrics.prom (path "": none), the event file
+    String gauges;                   // what metrics.prom shall hold; size 0: it does
+    double textfile_written;         // when, by seconds_now; 0: not yet
+    LineQueue queue;                 // in front of all of it
 } Metrics;
 
 static inline void metrics_init(Metrics* m) {
     memset(m, 0, sizeof *m);
-    m->fd = m->tensorboard.fd = -1;
-}
-
-static inline void metrics_close_log(Metrics* m) {
-    if (m->fd >= 0) close(m->fd);
-    m->fd = -1;
-}
-
-static inline void metrics_write(Metrics* m, const char* data, size_t size) {
-    if (m->fd < 0 || write_all(m->fd, data, size)) return;
-    fprintf(stderr, "warning: cannot write %s: %s; training goes on without the log\n", m->path,
-            strerror(errno));
-    metrics_close_log(m);
+    sink_init(&m->log), sink_init(&m->textfile), sink_init(&m->tensorboard);
 }
 
 // Appends to RUN_DIR/log.jsonl. Only a log that cannot be opened at all is an error: most likely it is in the
 // wrong place.
 static inline bool metrics_open(Metrics* m, const char* run_dir, Error* err) {
     metrics_init(m);
-    if (!path_join(m->path, run_dir, "log.jsonl", err) ||
-        !path_join(m->textfile, run_dir, "metrics.prom", err))
+    Sink* log = &m->log;
+    if (!path_join(log->path, run_dir, "log.jsonl", err) ||
+        !path_join(m->textfile.path, run_dir, "metrics.prom", err))
         return false;
-    m->fd = open(m->path, O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
-    if (m->fd < 0) return fail(err, EXIT_CANNOT_WRITE, "cannot open %s: %s", m->path, strerror(errno));
+    log->fd = open(log->path, O_RDWR | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
+    if (log->fd < 0) return fail(err, EXIT_CANNOT_WRITE, "cannot open %s: %s", log->path, strerror(errno));
     // a run that was killed may have left half a line: end it, so that it spoils no other
     char last = '\n';
-    off_t size = lseek(m->fd, 0, SEEK_END);
-    if (size > 0 && pread(m->fd, &last, 1, size - 1) == 1 && last != '\n') metrics_write(m, "\n", 1);
+    off_t size = lseek(log->fd, 0, SEEK_END);
+    if (size > 0 && pread(log->fd, &last, 1, size - 1) == 1 && last != '\n') sink_append(log, "\n", 1);
     return true;
 }
 
@@ -134,23 +122,9 @@ static inline void append_gauge(String* out, const char* key, double value) {
     string_append(out, isfinite(value) ? "%.15g\n" : "NaN\n", value);
 }
 
-// A reader finds this file or the one before; after a power cut there may be none. path becomes "" where it cannot be
-// written: it is said once.
-static inline void textfile_write(char path[PATH_MAX], const String* gauges) {
-    char temporary[PATH_MAX + 8];
-    snprintf(temporary, sizeof temporary, "%s.tmp", path);
-    int fd = open(temporary, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-    bool ok = fd >= 0 && write_all(fd, gauges->data, gauges->size);
-    if (fd >= 0) ok = close(fd) == 0 && ok;
-    if (ok && rename(temporary, path) == 0) return;
-    fprintf(stderr, "warning: cannot write %s: %s; training goes on without it\n", path, strerror(errno));
-    unlink(temporary);
-    path[0] = '\0';
-}
-
 static inline void metrics_write_textfile(Metrics* m) {
-    if (m->textfile[0] == '\0' || m->gauges.size == 0) return;
-    textfile_write(m->textfile, &m->gauges);
+    if (m->textfile.path[0] == '\0' || m->gauges.size == 0) return;
+    sink_replace(&m->textfile, m->gauges.data, m->gauges.size);
     m->gauges.size = 0, m->textfile_written = seconds_now();
 }
 
@@ -183,7 +157,7 @@ static inline void metrics_line(void* metrics, const char* line, size_t size) {
     enum { STEP, EVAL, LAYERS, REWIND, NUM_KINDS };
     static const char* const kinds[NUM_KINDS] = {"step", "eval", "layers", "rewind"};
     Metrics* m = (Metrics*)metrics;
-    metrics_write(m, line, size);
+    sink_append(&m->log, line, size);
     const char* kind = line + 10; // {"event":"
     for (int i = 0; i < NUM_KINDS; i++) {
         size_t n = strlen(kinds[i]);
@@ -212,7 +186,7 @@ static inline void metrics_flush_at_exit(void) {
 // From now on a thread writes what events say; all that is written to is open. One log in a process has that.
 static inline void metrics_in_background(Metrics* m) {
     static bool registered = false;
-    line_queue_start(&m->queue, metrics_line, m, m->path);
+    line_queue_start(&m->queue, metrics_line, m, m->log.path);
     metrics_queue = &m->queue;
     if (!registered) registered = atexit(metrics_flush_at_exit) == 0;
 }
@@ -223,8 +197,7 @@ static inline void metrics_close(Metrics* m) {
     if (!line_queue_stop(&m->queue, PATIENCE)) return; // its thread has the rest
     metrics_write_textfile(m);
     free(m->gauges.data);
-    metrics_close_log(m);
-    tensorboard_close(&m->tensorboard);
+    sink_close(&m->log), sink_close(&m->tensorboard);
     metrics_init(m);
 }
 

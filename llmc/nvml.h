@@ -5,7 +5,8 @@
 // into a file for Prometheus' node exporter.
 #pragma once
 #include "llmc/launch.h"  // defines: node_name
-#include "llmc/metrics.h" // defines: String, event_number, textfile_write
+#include "llmc/metrics.h" // defines: String, event_number
+#include "llmc/sink.h"    // defines: Sink, sink_replace
 
 #include <dlfcn.h>
 #include <pthread.h>
@@ -47,10 +48,10 @@ enum { NVML_FIGURES = sizeof nvml_figures / sizeof nvml_figures[0] };
 typedef struct {
     pthread_mutex_t mutex; // never held during a call of NVML
     pthread_cond_t changed;
-    char bus_id[32],
-        textfile[PATH_MAX]; // textfile "": nobody has asked for the node's GPUs, or it could not be written
-    bool stop, left;        // asked to, and has: the thread
-    double asked;           // seconds_now of the newest figures
+    char bus_id[32];
+    Sink textfile;                // path "": nobody has asked for the node's GPUs
+    bool stop, left;              // asked to, and has: the thread
+    double asked;                 // seconds_now of the newest figures
     double figures[NVML_FIGURES]; // NaN: not known
 } Nvml;
 
@@ -119,7 +120,7 @@ static inline void nvml_write_node(Nvml* n, const NvmlDriver* d) {
     for (char* at = node; *at != '\0'; at++) *at = *at == '"' || *at == '\\' ? '_' : *at;
     if (d->count == NULL || d->at == NULL || d->count(&gpus) != 0) return;
     for (int i = 0; i < NVML_FIGURES; i++) nvml_append_figure(&gauges, d, i, node, gpus);
-    if (gauges.size > 0) textfile_write(n->textfile, &gauges);
+    if (gauges.size > 0) sink_replace(&n->textfile, gauges.data, gauges.size);
     free(gauges.data);
 }
 
@@ -134,7 +135,7 @@ static inline void nvml_poll(Nvml* n, const NvmlDriver* d) {
         memcpy(n->figures, figures, sizeof figures);
         n->asked = seconds_now();
         pthread_mutex_unlock(&n->mutex);
-        if (n->textfile[0] != '\0' && n->asked - written >= NVML_NODE_PERIOD)
+        if (n->textfile.path[0] != '\0' && n->asked - written >= NVML_NODE_PERIOD)
             nvml_write_node(n, d), written = n->asked;
         pthread_mutex_lock(&n->mutex);
         while (!n->stop && pthread_cond_timedwait(&n->changed, &n->mutex, &next) == 0) continue;
@@ -173,7 +174,8 @@ static inline Nvml* nvml_start(const char* bus_id, const char* textfile) {
     pthread_condattr_t monotonic;
     pthread_t thread;
     snprintf(n->bus_id, sizeof n->bus_id, "%s", bus_id);
-    snprintf(n->textfile, sizeof n->textfile, "%s", textfile);
+    sink_init(&n->textfile);
+    snprintf(n->textfile.path, sizeof n->textfile.path, "%s", textfile);
     pthread_mutex_init(&n->mutex, NULL);
     pthread_condattr_init(&monotonic);
     pthread_condattr_setclock(&monotonic, CLOCK_MONOTONIC);

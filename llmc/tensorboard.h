@@ -9,12 +9,8 @@
 //     Summary  1 value: { 1 tag: string   2 simple_value: float } ...                  (tensorflow's event.proto)
 //     SessionLog  1 status: 1, START: what was logged from `step` on is done again, and is dropped by readers
 #pragma once
-#include "llmc/utils.h" // defines: String, string_append_bytes, path_join, make_directories, write_all
-
-typedef struct {
-    int fd; // -1: there is no such file, or writing it failed
-    char path[PATH_MAX + 320];
-} Tensorboard;
+#include "llmc/sink.h"  // defines: Sink, sink_append
+#include "llmc/utils.h" // defines: String, string_append_bytes, path_join, make_directories
 
 // ----------------------------------------------------------------------------
 // records
@@ -35,17 +31,7 @@ static inline uint32_t masked_crc32c(const void* data, size_t size) {
     return (crc >> 15 | crc << 17) + 0xA282EAD8u;
 }
 
-static inline void tensorboard_close(Tensorboard* b) {
-    if (b->fd >= 0) close(b->fd);
-    b->fd = -1;
-}
-
-static inline void tensorboard_failed(Tensorboard* b, const char* why) {
-    fprintf(stderr, "warning: cannot write %s: %s; training goes on without it\n", b->path, why);
-    tensorboard_close(b);
-}
-
-static inline void tensorboard_record(Tensorboard* b, const String* event) {
+static inline void tensorboard_record(Sink* b, const String* event) {
     String record = {NULL, 0, 0};
     uint64_t length = event->size;
     uint32_t of_length = masked_crc32c(&length, sizeof length),
@@ -54,7 +40,7 @@ static inline void tensorboard_record(Tensorboard* b, const String* event) {
     string_append_bytes(&record, &of_length, sizeof of_length);
     string_append_bytes(&record, event->data, event->size);
     string_append_bytes(&record, &of_data, sizeof of_data);
-    if (!write_all(b->fd, record.data, record.size)) tensorboard_failed(b, strerror(errno));
+    sink_append(b, record.data, record.size);
     free(record.data);
 }
 
@@ -101,7 +87,7 @@ static inline void tensorboard_scalar(String* summary, const char* tag, double v
 // ----------------------------------------------------------------------------
 
 // What was logged behind `step` is done again, or is done now for the first time.
-static inline void tensorboard_session(Tensorboard* b, uint64_t step) {
+static inline void tensorboard_session(Sink* b, uint64_t step) {
     if (b->fd < 0) return;
     String start = tensorboard_event((double)time(NULL), step + 1);
     proto_bytes(&start, 7, "\x08\x01", 2);
@@ -110,11 +96,10 @@ static inline void tensorboard_session(Tensorboard* b, uint64_t step) {
 }
 
 // A launch that goes on behind `step`. A file that cannot be had is said, and no error.
-static inline void tensorboard_open(Tensorboard* b, const char* run_dir, uint64_t step) {
+static inline void tensorboard_open(Sink* b, const char* run_dir, uint64_t step) {
     char host[256] = "unknown";
     Error err = {0, {0}};
     double now = (double)time(NULL);
-    b->fd = -1;
     gethostname(host, sizeof host - 1);
     bool ok = path_join(b->path, run_dir, "tensorboard", &err) && make_directories(b->path, &err);
     if (ok) {
@@ -124,7 +109,8 @@ static inline void tensorboard_open(Tensorboard* b, const char* run_dir, uint64_
         b->fd = open(b->path, O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
     }
     if (b->fd < 0) {
-        tensorboard_failed(b, ok ? strerror(errno) : err.text);
+        fprintf(stderr, "warning: cannot open %s: %s; training goes on without it\n", b->path,
+                ok ? strerror(errno) : err.text);
         return;
     }
     String version = tensorboard_event(now, 0);

@@ -45,15 +45,15 @@ int main(int argc, char** argv) {
         t.run = run, t.run.layout = layout_single(), t.seconds_per_step = STEP_SECONDS,
         t.peak_flops = 989.4e12;
         if (!metrics_open(&t.metrics, directory, &err)) exit_with(&err);
-        telemetry_resume(&t.telemetry, t.metrics.path, 0);
+        telemetry_resume(&t.telemetry, t.metrics.log.path, 0);
         if (tensorboard) tensorboard_open(&t.metrics.tensorboard, directory, 0);
         double seconds = line_seconds(&t, steps);
         fprintf(stderr, "log and metrics.prom%-17s %6.1f us  %.3f %% of a step\n",
                 tensorboard ? ", and TensorBoard" : "", 1e6 * seconds, 100 * seconds / STEP_SECONDS);
-        unlink(t.metrics.path), unlink(t.metrics.textfile), unlink(t.metrics.tensorboard.path);
-        t.metrics.textfile[0] = '\0';
+        unlink(t.metrics.log.path), unlink(t.metrics.textfile.path), unlink(t.metrics.tensorboard.path);
+        t.metrics.textfile.path[0] = '\0';
         metrics_close(&t.metrics);
     }
-    CHECK(path_join(t.metrics.path, directory, "tensorboard", &err));
-    return rmdir(t.metrics.path) == 0 && rmdir(directory) == 0 ? 0 : EXIT_IO;
+    CHECK(path_join(t.metrics.log.path, directory, "tensorboard", &err));
+    return rmdir(t.metrics.log.path) == 0 && rmdir(directory) == 0 ? 0 : EXIT_IO;
 }

@@ -3,6 +3,8 @@
 #include "llmc/metrics.h" // defines: Metrics, metrics_open, event_begin ..., format_duration, print_escaped
 // cmocka's macro fail() would hide ours, so its header comes last
 #include <setjmp.h>
+#include <signal.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <cmocka.h>
 
@@ -145,9 +147,87 @@ static void test_full_disk(void** state) {
     assert_int_equal(symlink("/dev/full", path), 0);
     open_log(&m);
     captured(text, two_lines, &m);
-    assert_non_null(strstr(text, "log.jsonl: No space left on device; training goes on without the log\n"));
+    assert_non_null(strstr(text, "log.jsonl: No space left on device; training goes on, and tries again\n"));
     assert_null(strstr(strchr(text, '\n'), "warning"));
-    assert_int_equal(m.fd, -1);
+    metrics_close(&m);
+}
+
+// Files may grow no further, half way through a line and through a record; then they may.
+static void a_while(Metrics* m) {
+    struct rlimit none, limit;
+    assert_int_equal(getrlimit(RLIMIT_FSIZE, &none), 0);
+    limit = none;
+    void (*before)(int) = signal(SIGXFSZ, SIG_IGN);
+    for (int step = 0; step < 30; step++) {
+        if (step == 10) { // room for part of a line, and for none of what follows
+            off_t log = lseek(m->log.fd, 0, SEEK_END), events = lseek(m->tensorboard.fd, 0, SEEK_END);
+            assert_true(log > events);
+            limit.rlim_cur = (rlim_t)log + 20;
+        }
+        if (step == 13) limit.rlim_cur = (rlim_t)lseek(m->tensorboard.fd, 0, SEEK_END) + 20;
+        if (step == 20) limit = none;
+        assert_int_equal(setrlimit(RLIMIT_FSIZE, &limit), 0);
+        String line = event_begin("step", (uint64_t)step);
+        event_number(&line, "loss", 2.5);
+        event_text(&line, "text",
+                   "as long as the records of the event file are, and somewhat longer than that");
+        event_end(m, &line);
+    }
+    signal(SIGXFSZ, before);
+}
+
+static void test_a_disk_that_is_full_for_a_while(void** state) {
+    (void)state;
+    static Metrics m;
+    Error err = {0};
+    char said[2048], events[PATH_MAX + 320];
+    size_t size = 0, records = 0;
+    open_log(&m);
+    tensorboard_open(&m.tensorboard, directory, 0);
+    snprintf(events, sizeof events, "%s", m.tensorboard.path);
+    captured(said, a_while, &m);
+    metrics_close(&m);
+    const char* of_log = strstr(said, "log.jsonl: File too large; training goes on, and tries again\n");
+    assert_non_null(of_log);
+    assert_null(strstr(of_log + 1, "log.jsonl: File too large"));
+    assert_non_null(strstr(of_log, "log.jsonl is written again"));
+    for (int n = 0; n < 20; n++) { // 0 to 9, 20 to 29
+        cJSON* json = line_json(n);
+        assert_int_equal(item(json, "step")->valueint, n < 10 ? n : n + 10);
+        cJSON_Delete(json);
+    }
+    char* text = read_file(events, 1 << 20, &size, &err);
+    assert_non_null(text);
+    for (size_t at = 0; at < size; records++) { // length, its checksum, data, their checksum
+        uint64_t length;
+        uint32_t checksum;
+        assert_true(at + 16 <= size);
+        memcpy(&length, text + at, sizeof length), memcpy(&checksum, text + at + 8, sizeof checksum);
+        assert_int_equal(checksum, masked_crc32c(&length, sizeof length));
+        at += 16 + length;
+        assert_true(at <= size);
+    }
+    assert_in_range(records, 2 + 20, 2 + 24); // two begin the file; those of 10 to 12 had room
+    free(text);
+    unlink(events);
+    *strrchr(events, '/') = '\0';
+    assert_int_equal(rmdir(events), 0);
+}
+
+// A disk that fails may not even cut off what it took of a line.
+static void test_half_a_line_is_cut_off_later(void** state) {
+    (void)state;
+    static Metrics m;
+    Error err = {0};
+    size_t size = 0;
+    open_log(&m);
+    sink_append(&m.log, "one\ntw", 6);
+    m.log.torn = true, m.log.whole = 4;
+    sink_append(&m.log, "three\n", 6);
+    sink_append(&m.log, "four\n", 5);
+    char* text = read_file(path, 1 << 16, &size, &err);
+    assert_string_equal(text, "one\nthree\nfour\n");
+    free(text);
     metrics_close(&m);
 }
 
@@ -216,9 +296,12 @@ static void test_textfile(void** state) {
     char said[1024];
     m.textfile_written = 0;
     captured(said, two_lines, &m);
-    assert_non_null(strstr(said, "metrics.prom: Is a directory; training goes on without it\n"));
+    assert_non_null(strstr(said, "metrics.prom: Is a directory; training goes on, and tries again\n"));
     assert_null(strstr(strchr(said, '\n'), "warning"));
     assert_int_equal(rmdir(textfile), 0);
+    m.textfile_written = 0;
+    captured(said, two_lines, &m);
+    assert_non_null(strstr(said, "metrics.prom is written again"));
     metrics_close(&m);
 }
 
@@ -291,6 +374,8 @@ int main(void) {
         cmocka_unit_test(test_text_is_utf8),
         cmocka_unit_test_setup_teardown(test_torn_line, setup, teardown),
         cmocka_unit_test_setup_teardown(test_full_disk, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_a_disk_that_is_full_for_a_while, setup, teardown),
+        cmocka_unit_test_setup_teardown(test_half_a_line_is_cut_off_later, setup, teardown),
         cmocka_unit_test(test_no_directory),
         cmocka_unit_test_setup_teardown(test_textfile, setup, teardown),
         cmocka_unit_test_setup_teardown(test_textfile_is_not_written_too_often, setup, teardown),

@@ -240,16 +240,10 @@ static void crc_is_castagnolis(void** state) {
     assert_int_equal(masked_crc32c(zeros, 32), ((0x8A9136AAu >> 15 | 0x8A9136AAu << 17) + 0xA282EAD8u));
 }
 
-static void a_failing_file_is_given_up(void** state) {
+static void a_file_that_cannot_be_had_is_none(void** state) {
     (void)state;
     Metrics m;
     metrics_init(&m);
-    m.tensorboard.fd = open("/dev/full", O_WRONLY);
-    String line = event_begin("step", 1);
-    event_end(&m, &line);
-    assert_int_equal(m.tensorboard.fd, -1);
-    line = event_begin("step", 2);
-    event_end(&m, &line);
     tensorboard_open(&m.tensorboard, "/dev/null", 0);
     assert_int_equal(m.tensorboard.fd, -1);
     metrics_close(&m);
@@ -268,7 +262,7 @@ int main(void) {
         cmocka_unit_test(a_bar_fits_its_line),
         cmocka_unit_test(closed_streams_stay_closed),
         cmocka_unit_test(crc_is_castagnolis),
-        cmocka_unit_test(a_failing_file_is_given_up),
+        cmocka_unit_test(a_file_that_cannot_be_had_is_none),
     };
     return cmocka_run_group_tests_name("telemetry", tests, NULL, NULL);
 }
