@@ -112,7 +112,8 @@ static inline bool command_train(Trainer* t, const char* argument, Error* err) {
             ((finished || write_run_config(t, err)) && metrics_open(&t->metrics, run->log.run_dir, err));
     if (!agree(t, err) || !ready) return false;
     t->peak_flops = gpt_peak_flops(&t->run);
-    telemetry_start(&t->telemetry, run, first ? t->metrics.log.path : NULL, t->state.step, t->local_rank == 0);
+    telemetry_start(&t->telemetry, run, first ? t->metrics.log.path : NULL, t->state.step,
+                    t->local_rank == 0);
     if (first && run->log.tensorboard)
         tensorboard_open(&t->metrics.tensorboard, run->log.run_dir, t->state.step);
     if (first) metrics_in_background(&t->metrics);

@@ -111,8 +111,9 @@ static inline bool guard_rewind(Trainer* t, Error* err) {
     t->state.rewinds = bad.rewinds + 1;
     if (t->alarm.fault == NULL) t->state.rows = guard_rows_after_rewind(t->state.rows, bad.rows, &t->run);
     if (t->control.rank > 0) return true;
-    line_queue_flush(&t->metrics.queue, 10);                         // it is read
-    telemetry_resume(&t->telemetry, t->metrics.log.path, t->state.step); // steps that are done again count once
+    line_queue_flush(&t->metrics.queue, 10); // it is read
+    telemetry_resume(&t->telemetry, t->metrics.log.path,
+                     t->state.step); // steps that are done again count once
     printf("rewound from step %llu to step %llu, row %llu: %llu of at most %d\n",
            (unsigned long long)bad.step, (unsigned long long)t->state.step, (unsigned long long)t->state.rows,
            (unsigned long long)t->state.rewinds, t->run.guard.rewind_max);
