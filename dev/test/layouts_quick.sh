@@ -5,13 +5,11 @@ set -eu
 cd "$(dirname "$0")/../.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-head -c 60000 dev/doc/numerics.md dev/doc/walk.md llmc/model.h | tr -d '\000' >"$work/text.txt"
-./corpus bpe --vocab-size 300 --special '<|endoftext|>' --out "$work/tokenizer.json" "$work/text.txt" >/dev/null
-./corpus encode --tokenizer "$work/tokenizer.json" --out-dir "$work/data" --val-fraction 0 "$work/text.txt" >/dev/null
+. dev/test/small_corpus.sh
 quick() { # SEED CONFIG LAYOUTS [KEY=VALUE ...]
     local seed=$1 config=$2 layouts=$3
     shift 3
-    EMU_SEED=$seed ./train_gpt_emu verify "configs/$config.json" "$layouts" "data.train=$work/data/train_*.bin" \
+    EMU_SEED=$seed "$program" verify "configs/$config.json" "$layouts" "${data[@]}" \
         log.run_dir="$work/run" parallel.start_timeout=30 schedule.max_steps=4 "$@"
     rm -rf "$work/run"
 }
