@@ -1754,7 +1754,10 @@ void gpt_snapshot(GPT* g) {
 }
 
 // Until the host's copy is whole. Called by the thread that writes it.
-void gpt_snapshot_wait(GPT* g) { CUDA_CHECK(cudaEventSynchronize(g->snapshot_done)); }
+void gpt_snapshot_wait(GPT* g) {
+    CUDA_CHECK(cudaSetDevice(g->device.number)); // this thread's, which would otherwise be the first
+    CUDA_CHECK(cudaEventSynchronize(g->snapshot_done));
+}
 
 // ----------------------------------------------------------------------------
 // decoding: one token at a time; keys and values of the past are kept, so that a token costs one row
