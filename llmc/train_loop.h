@@ -184,13 +184,13 @@ static inline StepResult finish_step(Trainer* t) {
     return r;
 }
 
-// Steps until the last one, a stop signal, an error or a rewind. While the device works on a step, the host reports the
-// one before (unless something else was due behind that) and loads the next one's batch.
+// Steps until the last one, a stop signal, an error or a rewind; one at least: what a rewind leaves out is in no
+// checkpoint before. While the device works on a step, the host reports the one before (unless something else was due
+// behind that) and loads the next one's batch.
 static inline bool run_steps(Trainer* t, Prefetch* prefetch, bool* rewind, Error* err) {
     uint64_t max_steps = (uint64_t)t->run.schedule.max_steps;
     double start = t->save_started = seconds_now();
-    bool unreported = false, stop = t->control.size == 1 && stop_requested(),
-         ok = t->state.step >= max_steps || load_batch(t, prefetch, err);
+    bool unreported = false, stop = false, ok = t->state.step >= max_steps || load_batch(t, prefetch, err);
     StepResult r;
     memset(&r, 0, sizeof r);
     for (int done = 1; ok && t->state.step < max_steps && !stop; done++) {

@@ -179,24 +179,33 @@ static void rewinds_skip_what_was_bad(void** state) {
     expect_batches(all, due, 14);
 }
 
-// Stopped behind a rewind, before the next checkpoint by the step, and killed there: in the end the same state.
+// Stopped with a rewind or behind it, before the next checkpoint by the step, and killed there: in the end the same state.
 static void rewinds_survive_a_resume(void** state) {
     (void)state;
     const int32_t* all = all_batches();
     float weight, resumed_weight;
+    Outcome o;
     world.bad_token = all[4], world.bad_loss = NAN;
     expect_ok(train(true, "whole", MORE("checkpoint.every=4", "guard.policy=rewind")));
     TrainState s = saved_state("whole", 10, &weight);
-    world.stop_step = 7; // two steps behind the rewind
-    Outcome o = train(true, "stopped", MORE("checkpoint.every=4", "guard.policy=rewind"));
-    assert_int_equal(o.err.code, EXIT_STOPPED);
-    free(o.said);
-    world.stop_step = 0;
-    expect_ok(train(true, "stopped", MORE("checkpoint.every=4", "guard.policy=rewind")));
-    assert_int_equal(world.steps, 4);
-    TrainState resumed = saved_state("stopped", 10, &resumed_weight);
-    assert_memory_equal(&s, &resumed, sizeof s);
-    assert_true(weight == resumed_weight);
+    const struct {
+        const char* run;
+        int stop, left; // the program's step at whose end the signal comes; steps of the resumed run
+    } stopped[] = {{"stopped", 7, 4},
+                   {"at_once", 5, 5}}; // two steps behind the rewind; in the step that leads to it
+    TrainState resumed;
+    for (int i = 0; i < 2; i++) {
+        world.stop_step = stopped[i].stop;
+        o = train(true, stopped[i].run, MORE("checkpoint.every=4", "guard.policy=rewind"));
+        assert_int_equal(o.err.code, EXIT_STOPPED);
+        free(o.said);
+        world.stop_step = 0;
+        expect_ok(train(true, stopped[i].run, MORE("checkpoint.every=4", "guard.policy=rewind")));
+        assert_int_equal(world.steps, stopped[i].left);
+        resumed = saved_state(stopped[i].run, 10, &resumed_weight);
+        assert_memory_equal(&s, &resumed, sizeof s);
+        assert_true(weight == resumed_weight);
+    }
     world.stop_step = 4; // as after a kill: only the checkpoint of step 4 is left
     o = train(true, "killed", MORE("checkpoint.every=4", "guard.policy=rewind"));
     free(o.said);
