@@ -374,7 +374,7 @@ static inline void flight_write(const Watchdog* w, const Error* why) {
     close(fd);
 }
 
-// Everybody ends. say: this process is who says why.
+// Everybody ends. say: this process is who says why on stderr.
 static inline void watch_give_up(int number) {
     (void)number;
     _exit(EXIT_LOST);
@@ -393,12 +393,10 @@ __attribute__((noreturn)) static inline void watch_end(Watchdog* w, const Error*
     // where the device is, if that can be known soon
     call_looker(w, LOOK_WANTED);
     for (int i = 0; i < 50 && __atomic_load_n(&w->look, __ATOMIC_ACQUIRE) == LOOK_WANTED; i++) usleep(20000);
-    if (say) {
-        dprintf(STDERR_FILENO, "error: %s\n", why->text);
-        String line = event_begin("lost", flight()->step);
-        event_text(&line, "error", why->text);
-        event_end(w->metrics, &line);
-    }
+    if (say) dprintf(STDERR_FILENO, "error: %s\n", why->text);
+    String line = event_begin("lost", flight()->step);
+    event_text(&line, "error", why->text);
+    event_end(w->metrics, &line); // the first process has a log
     flight_write(w, why);
     line_queue_flush(&w->metrics->queue, 2);
     _exit(why->code);

@@ -141,6 +141,7 @@ flock "$work"/fast/*/rank_00001-of-00004 sleep 60 &
 check "and saves while that is held up" trains behind 81
 truncate -s 2000 "$work/node/2/data/train_000000.bin"
 check "data that go away on one rank end all with the same code" fails_alone behind
+check "and the log says which rank's" grep -qE '"event":"lost",.*"error":"rank 2: .*train_000000.bin' "$work/behind/log.jsonl"
 pkill -KILL -P $! sleep
 
 # A config that is wrong in the same words on all ranks, and on one alone: it is said once, at the latest when nobody else
