@@ -399,8 +399,8 @@ static inline void end_with(Trainer* t, const Error* err) {
         trainer_close(t);
         exit(err->code);
     }
-    if (t->saver.busy && err->code != EXIT_LOST) saver_finish(&t->saver, &reported);
-    if (t->copier.busy && err->code != EXIT_LOST) saver_finish(&t->copier, &reported);
+    if (t->saver.busy && err->code != EXIT_LOST) join_saver(t, &t->saver, &reported);
+    if (t->copier.busy && err->code != EXIT_LOST) join_saver(t, &t->copier, &reported);
     watchdog_stop(&t->watchdog, err);
     line_queue_flush(&t->metrics.queue, 10);
     _exit(err->code);

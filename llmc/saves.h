@@ -7,7 +7,7 @@
 // then begins the others begin, too, so a process that fails alone must not.
 #pragma once
 #include "llmc/stop.h"    // defines: stop_requested
-#include "llmc/trainer.h" // defines: Trainer, checkpoints_directory, checkpoint_data
+#include "llmc/trainer.h" // defines: Trainer, join_saver, checkpoints_directory, checkpoint_data
 
 // Says that a checkpoint is there. stall: of its seconds, those that training stood still.
 static inline void report_save(Trainer* t, const Saver* s, double stall) {
@@ -63,13 +63,6 @@ static inline bool start_write(Trainer* t, bool fast, bool to_durable, Error* er
     saver->to_durable = to_durable;
     saver_start(saver);
     return true;
-}
-
-// The result of a thread, which is waited for.
-static inline bool join_saver(Trainer* t, Saver* saver, Error* err) {
-    watchdog_joins(&t->watchdog, saver->data.control);
-    flight_phase(PHASE_SAVE, saver->data.state.step);
-    return saver_finish(saver, err);
 }
 
 // Waits for the copy that is being made, if one is, and says that it is there. False: it is not, err says why.

@@ -11,7 +11,7 @@
 #include "llmc/telemetry.h"       // defines: Telemetry, telemetry_stop
 #include "llmc/tokenizer.h"       // defines: Tokenizer
 #include "llmc/tokenizer_files.h" // defines: tokenizer_load, tokenizer_save_json
-#include "llmc/watchdog.h"        // defines: Watchdog, watchdog_start, watchdog_stop
+#include "llmc/watchdog.h"        // defines: Watchdog, watchdog_start, watchdog_stop, watchdog_joins
 
 #include <sys/file.h>
 
@@ -64,12 +64,19 @@ static inline bool agree(Trainer* t, Error* err) {
     return ok;
 }
 
+// The result of a thread, which is waited for: as long as it takes, not as long as a step.
+static inline bool join_saver(Trainer* t, Saver* saver, Error* err) {
+    watchdog_joins(&t->watchdog, saver->data.control);
+    flight_phase(PHASE_SAVE, saver->data.state.step);
+    return saver_finish(saver, err);
+}
+
 // Waits for a checkpoint that is still being written.
 static inline void trainer_close(Trainer* t) {
     Error reported = {0, {0}};
     const Error none = {0, {0}};
-    if (t->saver.busy) saver_finish(&t->saver, &reported);
-    if (t->copier.busy) saver_finish(&t->copier, &reported);
+    if (t->saver.busy) join_saver(t, &t->saver, &reported);
+    if (t->copier.busy) join_saver(t, &t->copier, &reported);
     watchdog_stop(&t->watchdog, &none);
     dataloader_close(&t->train);
     dataloader_close(&t->validation);

@@ -144,6 +144,24 @@ check "data that go away on one rank end all with the same code" fails_alone beh
 check "and the log says which rank's" grep -qE '"event":"lost",.*"error":"rank 2: .*train_000000.bin' "$work/behind/log.jsonl"
 pkill -KILL -P $! sleep
 
+# the same while a save takes longer than a step may: the thread that syncs its files waits as long as $work/gate is there
+printf '#include <sys/syscall.h>\n#include <unistd.h>
+int fsync(int fd) {
+    while (syscall(SYS_gettid) != getpid() && access("%s", F_OK) == 0) usleep(10000);
+    return (int)syscall(SYS_fsync, fd);
+}\n' "$work/gate" >"$work/fsync.c"
+${CC:-cc} -shared -fPIC -o "$work/fsync.so" "$work/fsync.c" || exit 70
+cp -r "$work/data" "$work/rotten"
+LD_PRELOAD=$work/fsync.so start saving "data.train=$work/rotten/train_*.bin" checkpoint.every=100 log.every=20 parallel.zero_stage=0
+check "a run with a slow disk gets on" trains saving 20
+touch "$work/gate"
+check "and trains beside a save" trains saving 120
+truncate -s 2000 "$work/rotten/train_000000.bin"
+sleep $((5 * patience)) # the watchdog has that long to be wrong
+rm "$work/gate"
+check "data that go away meanwhile end all ranks with the same code" fails_alone saving
+check "and not before all is saved" ./train_gpt_cpu checkpoint verify "$work/saving/checkpoints/step_00000100"
+
 # A config that is wrong in the same words on all ranks, and on one alone: it is said once, at the latest when nobody else
 # has said it. A rank's code goes to NAME.code.RANK.
 wrong() { # NAME 'what a rank does to its arguments'
