@@ -7,25 +7,35 @@
 typedef struct {
     double loss, perplexity, bits_per_byte; // bits_per_byte is NaN without a tokenizer
     uint64_t tokens;
+    bool cut; // short, by a stop signal of some process: the rest is worth nothing
 } Evaluation;
 
-// Adds up three numbers of all processes, in their order.
-static inline bool sum_everywhere(Control* control, double sums[3], Error* err) {
-    double* all = (double*)calloc_check(3 * (size_t)control->size, sizeof *all);
-    bool ok = control_gather(control, sums, 3 * sizeof *sums, all, err);
-    for (int k = 0; ok && control->rank == 0 && k < 3; k++) {
+// Adds up `count` numbers of all processes, in their order.
+static inline bool sum_everywhere(Control* control, double* sums, int count, Error* err) {
+    size_t bytes = (size_t)count * sizeof *sums;
+    double* all = (double*)calloc_check((size_t)control->size, bytes);
+    bool ok = control_gather(control, sums, bytes, all, err);
+    for (int k = 0; ok && control->rank == 0 && k < count; k++) {
         sums[k] = 0;
-        for (int r = 0; r < control->size; r++) sums[k] += all[3 * r + k];
+        for (int r = 0; r < control->size; r++) sums[k] += all[count * r + k];
     }
     free(all);
-    return ok && control_broadcast(control, sums, 3 * sizeof *sums, err);
+    return ok && control_broadcast(control, sums, bytes, err);
 }
 
-// A stop signal that one process alone must not act on.
-static inline bool stop_alone(const Trainer* t) { return t->control.size == 1 && stop_requested(); }
+// Whether a stop signal has come to any process, which they ask together. It takes the first one a time that grows with
+// their number, a few microseconds each.
+static inline bool stop_anywhere(Control* control, bool* stop, Error* err) {
+    double signals = stop_requested();
+    bool ok = sum_everywhere(control, &signals, 1, err);
+    *stop = ok && signals > 0;
+    return ok;
+}
+
+enum { ASKED_IN_A_ROUND = 32 }; // processes; more are asked less often
 
 // Mean loss over the validation set, or over its first eval.batches micro-batches, which data-parallel ranks take in
-// turn. A stop signal cuts it short where there is one process, and its result is then worth nothing.
+// turn.
 static inline bool evaluate(Trainer* t, Evaluation* e, Error* err) {
     int B = t->run.batch.micro_batch_size, T = t->run.batch.sequence_length;
     uint64_t num_rows = t->validation.rows, limit = (uint64_t)t->run.eval.batches * (uint64_t)B;
@@ -35,14 +45,18 @@ static inline bool evaluate(Trainer* t, Evaluation* e, Error* err) {
     const Layout* l = &t->run.layout;
     double sums[3] = {0, 0, 0}; // loss; loss of, and number of, bytes
     bool ok = true;
-    uint64_t together =
-        (uint64_t)B * (uint64_t)num_replicas(l); // every rank makes every round, as it may have to help
-    for (uint64_t round = 0; ok && round < num_rows && !stop_alone(t); round += together) {
+    // every rank makes every round, as it may have to help
+    uint64_t together = (uint64_t)B * (uint64_t)num_replicas(l),
+             ask_every = 1 + (uint64_t)t->control.size / ASKED_IN_A_ROUND;
+    e->cut = false;
+    for (uint64_t round = 0; ok && round < num_rows; round += together) {
+        flight_phase(PHASE_EVAL, t->state.step);
+        if (round / together % ask_every == 0) ok = stop_anywhere(&t->control, &e->cut, err);
+        if (!ok || e->cut) break;
         uint64_t first = round + (uint64_t)B * (uint64_t)replica(l),
                  left = first < num_rows ? num_rows - first : 0;
         int now = left < (uint64_t)B ? (int)left : B, counted = now;
         if (now == 0) first = 0, now = 1;
-        flight_phase(PHASE_EVAL, t->state.step);
         for (int b = 0; ok && b < now; b++)
             ok = dataloader_row(&t->validation, first + (uint64_t)b, rows + (size_t)b * row, err);
         if (!ok) break;
@@ -56,7 +70,7 @@ static inline bool evaluate(Trainer* t, Evaluation* e, Error* err) {
         }
     }
     free(rows);
-    ok = ok && sum_everywhere(&t->control, sums, err);
+    ok = ok && (e->cut || sum_everywhere(&t->control, sums, 3, err));
     double loss = sums[0], byte_loss = sums[1], bytes = sums[2];
     e->tokens = num_rows * (uint64_t)T;
     e->loss = loss / (double)e->tokens;
@@ -81,7 +95,7 @@ static inline bool prompt_tokens(const Trainer* t, Tokens* tokens, Error* err) {
                 tokens->size, room - 1);
 }
 
-// Continues the prompt; the text (decoded, prompt included) is appended to out.
+// Continues the prompt; the text (decoded, prompt included) is appended to out. A stop signal cuts it short.
 static inline bool generate(Trainer* t, int number, String* out, Error* err) {
     const RunConfig* run = &t->run;
     int V = run->model.vocab_size, room = run->model.max_position_embeddings;
@@ -96,7 +110,7 @@ static inline bool generate(Trainer* t, int number, String* out, Error* err) {
     Decoder* decoder = t->program->decoder;
     decoder_create(decoder, t->gpt, capacity);
     Candidate* candidates = (Candidate*)malloc_check((size_t)V * sizeof *candidates);
-    for (size_t i = 0; i < tokens.size; i++) {
+    for (size_t i = 0; i < tokens.size && !stop_requested(); i++) {
         decoder_step(decoder, (int)tokens.data[i]);
         if (tokens.data[i] != (uint32_t)eot) {
             size_t size;

@@ -55,11 +55,13 @@ static inline void report_step(Trainer* t, const StepResult* r) {
     event_end(&t->metrics, &line);
 }
 
-static inline bool report_evaluation(Trainer* t, Error* err) {
+// *stop: not to its end, as all know of a stop signal.
+static inline bool report_evaluation(Trainer* t, bool* stop, Error* err) {
     Evaluation e;
     double start = seconds_now();
     if (!evaluate(t, &e, err)) return false;
-    if (stop_alone(t)) return true;
+    *stop = e.cut;
+    if (e.cut) return true;
     t->bits_per_byte = e.bits_per_byte;
     printf("eval %6llu | val loss %.4f | perplexity %.2f", (unsigned long long)t->state.step, e.loss,
            e.perplexity);
@@ -78,7 +80,11 @@ static inline bool report_samples(Trainer* t, Error* err) {
     for (int i = 0; i < t->run.sample.num_samples; i++) {
         String text = {NULL, 0, 0};
         flight_phase(PHASE_SAMPLE, t->state.step);
-        if (!generate(t, i, &text, err)) return false;
+        bool ok = generate(t, i, &text, err);
+        if (!ok || stop_requested()) {
+            free(text.data);
+            return ok;
+        }
         printf("---- sample %d at step %llu%s\n", i + 1, (unsigned long long)t->state.step,
                t->telemetry.style->clear);
         print_escaped(stdout, text.data, text.size);
@@ -103,6 +109,7 @@ static inline bool is_due(int every, uint64_t step, bool last) {
 typedef struct {
     bool report, save, evaluate, sample, rewind;
     bool fast; // a checkpoint that stays in the fast tier
+    bool stop; // all know of a stop signal
 } Due;
 
 static inline Due due_after_step(const Trainer* t, const StepResult* r) {
@@ -116,10 +123,12 @@ static inline Due due_after_step(const Trainer* t, const StepResult* r) {
     due.evaluate = t->validation.rows > 0 && is_due(run->eval.every, step, last);
     due.sample = run->sample.every > 0 && is_due(run->sample.every, step, last);
     due.rewind = false;
+    due.stop = (r->requests & REQUEST_STOP) != 0;
     return due;
 }
 
-// The guard first: what it ends or takes back is not saved. The checkpoint before what reads and may fail.
+// The guard first: what it ends or takes back is not saved. The checkpoint before what reads and may fail, for which a
+// stop has no time.
 static inline bool after_step(Trainer* t, bool applied, Due* due, Error* err) {
     const RunConfig* run = &t->run;
     unsigned long long step = t->state.step;
@@ -143,9 +152,9 @@ static inline bool after_step(Trainer* t, bool applied, Due* due, Error* err) {
         memset(err, 0, sizeof *err);
     }
     if (due->save || due->fast) before = telemetry_spend(&t->telemetry, SPENT_CHECKPOINT, before);
-    if (due->evaluate && !stop_alone(t) && !report_evaluation(t, err)) return false;
+    if (due->evaluate && !due->stop && !report_evaluation(t, &due->stop, err)) return false;
     if (due->evaluate) before = telemetry_spend(&t->telemetry, SPENT_EVAL, before);
-    bool ok = !due->sample || t->control.rank > 0 || stop_alone(t) || report_samples(t, err);
+    bool ok = !due->sample || due->stop || t->control.rank > 0 || report_samples(t, err);
     if (due->sample) telemetry_spend(&t->telemetry, SPENT_SAMPLE, before);
     return ok;
 }
@@ -211,7 +220,7 @@ static inline bool run_steps(Trainer* t, Prefetch* prefetch, bool* rewind, Error
         if (due.report && at_once) report_step(t, &r);
         ok = ok && after_step(t, r.applied, &due, err);
         *rewind = ok && due.rewind;
-        stop = (r.requests & REQUEST_STOP) != 0 || stop_alone(t) || *rewind;
+        stop = due.stop || *rewind || (t->control.size == 1 && stop_requested());
         start = seconds_now();
     }
     if (unreported) report_step(t, &r);

@@ -228,6 +228,23 @@ stop_one() {
         [ -d "$(ls -d "$work"/stop/checkpoints/step_*)" ] || { cat "$work/stop.out"; return 1; }
 }
 check "a signal to one process stops all, behind a checkpoint" stop_one
+# stop_beside STEP [KEY=VALUE ...]: a signal to the second process alone, behind that step
+stop_beside() {
+    local from=$1
+    shift
+    rm -rf "$work/beside"
+    (train beside 2 schedule.max_steps=2000 "$@"; echo "exit $?" >>"$work/beside.out") &
+    for _ in $(seq 600); do grep -q "^step *$from/" "$work/beside.out" 2>/dev/null && break; sleep 0.05; done
+    pkill -TERM -f "log.run_dir=$work/beside" -n
+    wait $!
+    last=$(ls "$work/beside/checkpoints") last=$((10#${last#step_}))
+    grep -q 'exit 75' "$work/beside.out" && ! grep -qaE "^eval +$last |sample 1 at step $last\$" "$work/beside.out" && return
+    grep -av '^step' "$work/beside.out"
+    return 1
+}
+long() { stop_beside 3 eval.every=3 eval.batches=0 "data.validation=$work/data/train_*.bin" && [ "$last" -eq 3 ]; }
+check "it cuts an evaluation short, whose step is saved" long
+check "it leaves no time for what is due" stop_beside 5 eval.every=1 sample.every=1 sample.max_new_tokens=4
 damaged() {
     train damaged 2 checkpoint.every=2 || { cat "$work/damaged.out"; return 1; }
     python3 -c 'import sys; f = open(sys.argv[1], "r+b"); f.seek(3000); b = f.read(1)[0]; f.seek(3000); f.write(bytes([b ^ 1]))' \
