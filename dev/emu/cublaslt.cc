@@ -476,7 +476,8 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t handle, cublasLtMatmulDesc_t desc
     for (int i = 0; i < 6; i++)
         if (!aligned(pointers[i], choice.alignment[i])) return CUBLAS_STATUS_NOT_SUPPORTED;
     static const char* fault =
-        getenv("EMU_FAULT"); // =matmul: the last bit of a product's first byte is wrong
+        getenv("EMU_FAULT"); // =matmul: the last bit of a product's first byte is wrong; =call: it fails
+    if (fault != NULL && strcmp(fault, "call") == 0) return CUBLAS_STATUS_EXECUTION_FAILED;
     bool wrong = fault != NULL && strcmp(fault, "matmul") == 0;
     cudaError_t error = emu_enqueue(stream, [p, o, how, wrong] {
         run_problem(&p, &o, how);

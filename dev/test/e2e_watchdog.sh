@@ -196,29 +196,35 @@ differs() { over differs; cat "$work/differs.err"; [ "$(grep -c '^warning: .*ano
 check "a rank with another config is spoken of while it is waited for" differs
 check "one rank's missing file is said" said_once missing 66 not_there 3
 
-# the self-test: the program is started by a shell, which breaks the GPU of one rank
-self_test() { # NAME 'what breaks it' 'regular expression': rank 2 is named, and its node
-    local code
+# the self-test: the program is started by a shell, which breaks the GPU of some ranks
+# self_test NAME 'what breaks it' 'regular expression' [CODE [NODE]]: what it says, and the node in BAD_NODE
+self_test() {
+    local code bad
     dev/emu/launch -n $ranks sh -c "$2; exec ./train_gpt_emu train configs/tiny_llama.json \"\$@\"" sh "${data[@]}" \
         "log.run_dir=$work/$1" "${small[@]}" parallel.self_test=true schedule.max_steps=1 >"$work/$1.out" 2>"$work/$1.err"
     code=$?
-    if [ -z "$3" ]; then
-        [ $code -eq 0 ] && [ ! -e "$work/$1/BAD_NODE" ] && return
-    else
-        [ $code -eq 69 ] && grep -qE "^error: rank 2: $3" "$work/$1.err" && [ "$(cat "$work/$1/BAD_NODE")" = node_2 ] && return
-    fi
-    echo "code $code"
+    bad=$(cat "$work/$1/BAD_NODE" 2>/dev/null)
+    [ "$code $bad" = "${4:-69} ${5-node_2}" ] && { [ -z "$3" ] || grep -qE "$3" "$work/$1.err"; } && return
+    echo "code $code, BAD_NODE $bad"
     cat "$work/$1.err"
     return 1
 }
-clock='export SLURMD_NODENAME=node_$RANK EMU_CLOCK=matmul=1e12,copy=1e12'
-check "GPUs that work pass the self-test" self_test works "$clock" ""
-check "bad memory is found" self_test memory "$clock; [ \$RANK != 2 ] || export EMU_FAULT=memory" "this GPU's memory is bad: 1 of [0-9]+ words"
-check "a wrong product is found" self_test matmul "$clock; [ \$RANK != 2 ] || export EMU_FAULT=matmul" "this GPU computes wrong: 1 of 262144 elements"
-check "a slow matmul is found" self_test slow "$clock; [ \$RANK != 2 ] || EMU_CLOCK=matmul=6e11,copy=1e12" \
-    "its GPU is slow: a matmul reaches 0.6 TFLOP/s, the median of 4 ranks is 1; leave node node_2 out"
-check "a slow copy is found" self_test copies "$clock; [ \$RANK != 2 ] || EMU_CLOCK=matmul=1e12,copy=6e11" "its GPU is slow: a copy reaches 0.6 TB/s"
-check "a little slower is not slow" self_test little "$clock; [ \$RANK != 2 ] || EMU_CLOCK=matmul=8e11,copy=8e11" ""
+clock='export EMU_MEMORY=1000000000 SLURMD_NODENAME=node_$RANK EMU_CLOCK=matmul=1e12,copy=1e12' on_2='[ $RANK != 2 ] ||'
+check "GPUs that work pass the self-test" self_test works "$clock" "" 0 ""
+check "bad memory is found" self_test memory "$clock; $on_2 export EMU_FAULT=memory" "^error: rank 2: this GPU's memory is bad: 1 of [0-9]+ words"
+check "a wrong product is found" self_test matmul "$clock; $on_2 export EMU_FAULT=matmul" "^error: rank 2: this GPU computes wrong: 1 of 262144 elements"
+check "a slow matmul is found" self_test slow "$clock; $on_2 EMU_CLOCK=matmul=6e11,copy=1e12" \
+    "^error: rank 2: its GPU is slow: a matmul reaches 0.6 TFLOP/s, the median of 4 ranks is 1; leave node node_2 out"
+check "a slow copy is found" self_test copies "$clock; $on_2 EMU_CLOCK=matmul=1e12,copy=6e11" "^error: rank 2: its GPU is slow: a copy reaches 0.6 TB/s"
+check "a little slower is not slow" self_test little "$clock; $on_2 EMU_CLOCK=matmul=8e11,copy=8e11" "" 0 ""
+check "a GPU that has vanished is found" self_test vanished "$clock; $on_2 export EMU_DEVICES=0" "^error: rank 2: no GPU that CUDA can use"
+check "so is one that ends its process" self_test fails "$clock; $on_2 export EMU_FAULT=call" "failed to execute" 70
+check "so are those of half of the nodes, the first one's first" self_test half "$clock; [ \$RANK -gt 1 ] || export EMU_FAULT=call" "failed to execute" 70 node_0
+pairs='export EMU_MEMORY=1000000000 SLURMD_NODENAME=node_$((RANK / 2)) EMU_CLOCK=matmul=1e12,copy=1e12'
+check "where each node lacks a GPU none is to blame" self_test many "$pairs; [ \$((RANK % 2)) = 0 ] || export EMU_DEVICES=0" "^error: rank 1: no GPU" 69 ""
+check "nor where each has one that ends its process" self_test all "$pairs; [ \$((RANK % 2)) = 0 ] || export EMU_FAULT=call" "failed to execute" 70 ""
+check "but one that computes wrong is, on any" self_test wrong "$pairs; [ \$((RANK % 2)) = 0 ] || export EMU_FAULT=matmul" \
+    "^error: rank 1: this GPU computes wrong" 69 node_0
 
 # a slow rank: stopped for a while, again and again
 start slow schedule.max_steps=100000
