@@ -11,13 +11,13 @@
 //         manifest.json                       size and hash of every file above, and of itself; written last
 //       step_00001500.tmp/                    being written, or left by a crash: removed at the next start
 //       step_00000500.delete/                 being removed
-//       step_00000900.bad/                    found damaged and set aside; never touched again
+//       step_00000900.bad/                    set aside, since it cannot be used; never touched again
 //
 // A save: write into .tmp (every file hashed in memory, written, fsynced), manifest, fsync the directory,
 // rename, fsync the parent. Killed at any point, the previous checkpoint is whole and the next save works.
 // A load verifies every hash of what it uses and falls back to the next older checkpoint in the same call.
-// One process at a time writes a directory of checkpoints; others may read meanwhile (flock tells them
-// apart).
+// One process at a time writes a directory of checkpoints (flock). Who loads without moments, which is all but training,
+// changes nothing there: it may read meanwhile from any node, whatever locks are worth between them.
 #pragma once
 #include "llmc/hashed_file.h"    // defines: directory_sync, directory_remove, free_space_check
 #include "llmc/manifest.h"       // defines: Manifest, manifest_load, manifest_write, manifest_find
@@ -98,7 +98,7 @@ static inline bool step_path(char out[PATH_MAX], const char* dir, uint64_t step,
 typedef struct {
     uint64_t* steps; // complete checkpoints, newest first
     int count;
-    int set_aside; // how many were found damaged, now or earlier
+    int damaged; // how many were found so, now or earlier
 } StepList;
 
 static inline int newest_first(const void* a, const void* b) {
@@ -126,7 +126,7 @@ static inline bool steps_list(const char* path, bool clean, StepList* list, Erro
                 (uint64_t*)realloc_check(list->steps, (size_t)(list->count + 1) * sizeof *list->steps);
             list->steps[list->count++] = step;
         } else if (strncmp(suffix, ".bad", 4) == 0) {
-            list->set_aside++;
+            list->damaged++;
         } else if (clean && (strcmp(suffix, ".tmp") == 0 || strcmp(suffix, ".delete") == 0)) {
             Error warning = {0, {0}};
             if (!path_join(full, path, entry->d_name, &warning) || !directory_remove(full, &warning))
@@ -140,8 +140,8 @@ static inline bool steps_list(const char* path, bool clean, StepList* list, Erro
 }
 
 // The right to change the directory, held until the descriptor is closed; -1 when another process keeps it
-// for longer than `patience` seconds, or the directory cannot be opened. Who only loads holds it for an
-// instant. A filesystem without locks gives it to everybody.
+// for longer than `patience` seconds, or the directory cannot be opened. Who loads to train holds it for
+// an instant. A filesystem without locks gives it to everybody.
 static inline int directory_lock(const char* path, double patience, Error* err) {
     double deadline = seconds_now() + patience;
     int fd = open(path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -449,7 +449,7 @@ static inline bool checkpoint_load(const char* dir, CheckpointData* into, Error*
     return true;
 }
 
-// Renames a damaged checkpoint out of the way, to .bad, .bad.2, .bad.3 ...
+// Renames a checkpoint that cannot be used out of the way, to .bad, .bad.2, .bad.3 ...
 static inline void checkpoint_set_aside(const char* dir, uint64_t step, const char* path) {
     char aside[PATH_MAX], suffix[16] = ".bad";
     Error why = {0, {0}};
@@ -463,69 +463,117 @@ static inline void checkpoint_set_aside(const char* dir, uint64_t step, const ch
     if (done)
         fprintf(stderr, "warning: it was set aside as %s\n", aside);
     else
-        fprintf(stderr, "warning: it could not be set aside: %s\n", lock < 0 ? why.text : strerror(errno));
+        fprintf(stderr, "warning: %s could not be set aside: %s\n", path,
+                lock < 0 ? why.text : strerror(errno));
     if (done) directory_sync(dir, &why);
     if (lock >= 0) close(lock);
+}
+
+// An older one was loaded: those of steps > step, which could not be read, are of a past that the run does not go on
+// from.
+static inline void checkpoints_pass_over(const char* dir, uint64_t step) {
+    char path[PATH_MAX];
+    Error ignored = {0, {0}};
+    StepList list;
+    steps_list(dir, false, &list, &ignored);
+    for (int i = 0; i < list.count && list.steps[i] > step; i++)
+        if (step_path(path, dir, list.steps[i], "", &ignored)) checkpoint_set_aside(dir, list.steps[i], path);
+    free(list.steps);
 }
 
 // The first process's list, for all of them.
 static inline bool steps_share(const CheckpointData* data, StepList* list, Error* err) {
     if (!checkpoint_agree(data, err)) return false;
     if (data->control == NULL) return true;
-    int counts[2] = {list->count, list->set_aside};
+    int counts[2] = {list->count, list->damaged};
     if (!control_broadcast(data->control, counts, sizeof counts, err)) return false;
     list->steps = (uint64_t*)realloc_check(list->steps, (size_t)(counts[0] + 1) * sizeof *list->steps);
-    list->count = counts[0], list->set_aside = counts[1];
+    list->count = counts[0], list->damaged = counts[1];
     return control_broadcast(data->control, list->steps, (size_t)counts[0] * sizeof *list->steps, err);
+}
+
+// What the first process finds of a checkpoint that not all could load (err: why, own: the first one's code), on all of
+// them: EXIT_BAD_DATA, EXIT_IO or none of these. What it could load of it says little of the rest. *vanished: it was
+// removed by another process meanwhile.
+static inline bool checkpoint_judge(const char* path, const CheckpointData* into, const Error* err, int own,
+                                    bool* vanished, int* finding, Error* lost) {
+    int found[2] = {own, 0};
+    if (checkpoint_share(into).rank == 0) {
+        CheckpointData whole;
+        Error why = {0, {0}};
+        memset(&whole, 0, sizeof whole);
+        whole.model = into->model;
+        bool doubtful = err->code == EXIT_BAD_DATA || err->code == EXIT_IO;
+        if (own == 0 && doubtful && !checkpoint_read(path, &whole, &why)) found[0] = why.code;
+        found[1] = access(path, F_OK) != 0 && errno == ENOENT;
+    }
+    bool ok = into->control == NULL || control_broadcast(into->control, found, sizeof found, lost);
+    *finding = found[0], *vanished = found[1] != 0;
+    return ok;
 }
 
 // One pass over the checkpoints that are there now, newest first. *vanished: one was removed by another
 // process while it was being read, so what is there has changed.
 static inline bool checkpoint_try_newest(const char* dir, CheckpointData* into, int64_t above, bool* found,
                                          bool* vanished, Error* err) {
-    Error busy = {0, {0}};
+    Error busy = {0, {0}}, unread = {0, {0}};
     StepList list;
-    bool first = checkpoint_share(into).rank == 0, ok = true;
-    int lock = first ? directory_lock(dir, 0, &busy) : -1; // a save may be under way: then nothing is cleaned
+    bool first = checkpoint_share(into).rank == 0, renames = first && into->m != NULL, ok = true;
+    int lock =
+        renames ? directory_lock(dir, 0, &busy) : -1; // a save may be under way: then nothing is cleaned
     memset(&list, 0, sizeof list);
     if (first) ok = steps_list(dir, lock >= 0, &list, err);
     if (lock >= 0) close(lock);
     ok = steps_share(into, &list, err) && ok;
     *vanished = false;
-    for (int i = 0; ok && !*found && i < list.count && (int64_t)list.steps[i] > above; i++) {
+    for (int i = 0; ok && i < list.count && (int64_t)list.steps[i] > above; i++) {
         char path[PATH_MAX];
+        int finding;
         Error why = {0, {0}};
         ok = step_path(path, dir, list.steps[i], "", err);
         if (!ok) break;
         *found = checkpoint_read(path, into, &why) &&
                  (into->state.step == list.steps[i] || fail(&why, EXIT_BAD_DATA, "%s holds step %llu", path,
                                                             (unsigned long long)into->state.step));
+        int own = why.code;
         *found = checkpoint_agree(into, &why) && *found;
-        *vanished = !*found && access(path, F_OK) != 0 && errno == ENOENT;
-        if (into->control != NULL && !control_broadcast(into->control, vanished, sizeof *vanished, err))
-            ok = false;
-        if (!ok || *found || *vanished) break;
-        if (why.code != EXIT_BAD_DATA && why.code != EXIT_IO) {
-            *err = why;
-            ok = false;
-            break;
-        }
-        list.set_aside++;
-        if (!first) continue;
-        fprintf(stderr, "warning: checkpoint %s cannot be used: %s\n", path, why.text);
-        checkpoint_set_aside(dir, list.steps[i], path);
+        if (*found) break;
+        ok = checkpoint_judge(path, into, &why, own, vanished, &finding, err);
+        if (!ok || *vanished) break;
+        if (why.code != EXIT_BAD_DATA && why.code != EXIT_IO)
+            ok = fail(err, why.code, "%s", why.text);
+        else if (finding != EXIT_BAD_DATA && finding != EXIT_IO)
+            ok = fail(err, EXIT_IO,
+                      "%.700s; rank 0 does not find that, so the checkpoint keeps its name: look at that "
+                      "rank's node and how it sees the directory, and start again",
+                      why.text);
+        if (!ok) break;
+        if (finding == EXIT_BAD_DATA) list.damaged++;
+        if (finding == EXIT_IO) fail(&unread, EXIT_IO, "%s", why.text); // the newest one's
+        if (first) fprintf(stderr, "warning: checkpoint %s cannot be used: %s\n", path, why.text);
+        if (renames && finding == EXIT_BAD_DATA) checkpoint_set_aside(dir, list.steps[i], path);
     }
-    if (ok && !*found && !*vanished && list.set_aside > 0 && above < 0)
-        ok = fail(err, EXIT_BAD_DATA,
-                  "no checkpoint in %s is whole and %d were set aside as .bad: repair one, or move them all "
-                  "away to start anew",
-                  dir, list.set_aside);
+    if (*found && unread.code != 0 && renames) checkpoints_pass_over(dir, into->state.step);
+    if (ok && !*found && !*vanished && unread.code != 0 && above < 0)
+        ok =
+            fail(err, EXIT_IO,
+                 "no checkpoint in %s can be used, and what cannot be read may be whole: %.700s; start again "
+                 "when it can",
+                 dir, unread.text);
+    if (ok && !*found && !*vanished && list.damaged > 0 && above < 0)
+        ok = fail(
+            err, EXIT_BAD_DATA,
+            "no checkpoint in %s is whole, and %d are damaged, or were set aside as .bad: repair one, or "
+            "move them all away to start anew",
+            dir, list.damaged);
     free(list.steps);
     return ok;
 }
 
-// Loads the newest checkpoint that verifies, of those of steps > above. A damaged one is named on stderr and set aside,
-// and the next older one is tried. *found tells whether there was any; damaged ones and none that is whole is an error
+// Loads the newest checkpoint that verifies, of those of steps > above. One that the first process, too, finds damaged is
+// named on stderr and, where training loads it, set aside, and the next older one is tried. So is one that the first
+// process cannot read (EXIT_IO), but it is set aside only once an older one was loaded: a disk may come back. What others
+// alone find ends the search with EXIT_IO. *found tells whether there was any; some and none that can be used is an error
 // where above is < 0, all steps, for a run never starts anew by itself. An error that is no damage (another model's
 // config, out of descriptors, no permission) ends the search and leaves everything where it is.
 static inline bool checkpoint_load_above(const char* checkpoints_dir, CheckpointData* into, int64_t above,

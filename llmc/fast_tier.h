@@ -248,6 +248,7 @@ static inline bool fast_load_newest(FastTier* tier, const char* checkpoints_dir,
         ok = checkpoint_load_above(checkpoints_dir, into, none ? -1 : (int64_t)list.steps[i], found, err);
         if (!ok || *found || none) break;
         *found = tier->loaded = fast_read(tier, list.steps[i], into, &why);
+        if (*found && into->control->rank == 0) checkpoints_pass_over(checkpoints_dir, list.steps[i]);
         if (*found) break;
         bool damaged = why.code == EXIT_BAD_DATA, unread = why.code == EXIT_IO || why.code == EXIT_NO_INPUT;
         if (!damaged && !unread) {
