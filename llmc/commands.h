@@ -389,11 +389,12 @@ static inline bool watch(Trainer* t, const Command* command, const Launch* launc
 }
 
 // Every process knows an error that they agreed on; it is said once. One that fails alone tells the others, which end at
-// once, and ends as they do: its device may wait for them. That another one is gone the watchdog says.
+// once, and ends as they do: its device may wait for them. That another one is gone the watchdog says; where it says
+// nothing, the first process does, if it knows.
 static inline void end_with(Trainer* t, const Error* err) {
     Error reported = {0, {0}};
     bool alone = !t->agreed && t->control.size > 1;
-    if (alone && err->code == EXIT_LOST) sleep((unsigned)flight()->patience);
+    if (alone && err->code == EXIT_LOST) sleep((unsigned)flight()->patience + (t->control.rank > 0 ? 2 : 0));
     if (!t->agreed || t->control.rank == 0) say_error(err);
     if (!alone) {
         trainer_close(t);

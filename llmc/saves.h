@@ -24,8 +24,10 @@ static inline void report_save(Trainer* t, const Saver* s, double stall) {
     event_end(&t->metrics, &line);
 }
 
-// All processes save together and know why it failed; the first one says it.
-static inline void warn_of_no_checkpoint(const Trainer* t, uint64_t step, const Error* why) {
+// All processes save together and know why it failed; the first one says it. Who has lost the others would never save
+// again.
+static inline void warn_of_no_checkpoint(Trainer* t, uint64_t step, const Error* why) {
+    if (why->code == EXIT_LOST && t->lost.code == 0) t->lost = *why;
     if (t->control.rank > 0) return;
     fprintf(stderr, "warning: no checkpoint at step %llu: %s\n", (unsigned long long)step, why->text);
 }
@@ -85,6 +87,7 @@ static inline bool finish_write(Trainer* t, Error* err) {
     if (ok) report_save(t, saver, t->program->asynchronous ? t->stall : saver->seconds);
     if (ok) *(fast ? &t->fast_step : &t->saved_step) = step;
     if (ok && t->tier.directory[0] == '\0' && t->control.rank == 0) fast_abandon(t->run.log.run_dir);
+    if (why.code == EXIT_LOST) return fail(err, why.code, "%s", why.text);
     if (!fast) return ok;
     if (!ok && t->control.rank == 0)
         fprintf(stderr, "warning: step %llu is not in checkpoint.fast_dir: %s\n", (unsigned long long)step,
@@ -171,12 +174,13 @@ static inline double save_interval(const RunConfig* run, double stall, double wr
     return seconds;
 }
 
-// What this process asks of all of them behind the step that begins. The first one has the clock.
+// What this process asks of all of them behind the step that begins. The first one has the clock. Where saves have failed
+// for good all stop together, to be started again.
 static inline int step_requests(const Trainer* t) {
     double writing = (t->saver.busy ? 0 : t->saver.seconds) + (t->copier.busy ? 0 : t->copier.seconds);
     double interval = save_interval(&t->run, t->stall, writing);
     bool save = t->control.rank == 0 && seconds_now() - t->save_started >= interval;
-    return (stop_requested() ? REQUEST_STOP : 0) | (save ? REQUEST_SAVE : 0);
+    return (stop_requested() || t->lost.code != 0 ? REQUEST_STOP : 0) | (save ? REQUEST_SAVE : 0);
 }
 
 // The checkpoint of the run's end. Where a disk of the fast tier does not give back what it took, memory still has it.
@@ -203,8 +207,12 @@ static inline bool save_last(Trainer* t, bool ok, Error* err) {
     if (!ok && (several || (tried && !t->saver.busy && !t->copier.busy)))
         return false; // what has failed is this
     if (save_at_end(t, &why)) return ok;
-    t->agreed = ok;
-    if (ok)
+    t->agreed = ok && why.code != EXIT_LOST;
+    if (ok && !t->agreed)
+        fail(err, why.code,
+             "no more checkpoints can be written: %.800s. Run again to go on from the newest one",
+             t->lost.code != 0 ? t->lost.text : why.text);
+    else if (ok)
         *err = why;
     else
         warn_of_no_checkpoint(t, t->state.step, &why);

@@ -36,6 +36,7 @@ typedef struct {
     uint64_t saved_step, tried_step; // of the newest durable checkpoint, and of the last attempt at one
     uint64_t fast_step;              // of the fast tier's newest that is of this past; NO_STEP: there is none
     double save_started;             // when; at first, when training was started
+    Error lost; // why saves have failed for good: a connection of those who save broke; code 0: they have not
     double stall;     // seconds that the last save kept training from going on; 0: none is known
     bool stall_grows; // it goes on in the step that is now computed
     Metrics metrics;

@@ -162,6 +162,39 @@ rm "$work/gate"
 check "data that go away meanwhile end all ranks with the same code" fails_alone saving
 check "and not before all is saved" ./train_gpt_cpu checkpoint verify "$work/saving/checkpoints/step_00000100"
 
+# one connection that saves need breaks: what is on the disk stays, and the run ends to be started again
+cut() { # PID: shuts its second connection down, that of those who save together. Exit code 77: not permitted here
+    python3 - "$1" <<'PYTHON'
+import ctypes, os, socket, sys
+pid, libc = int(sys.argv[1]), ctypes.CDLL(None, use_errno=True)
+links = {int(fd): os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")}
+process = libc.syscall(434, pid, 0)  # pidfd_open
+copies = [libc.syscall(438, process, fd, 0) for fd in sorted(links) if links[fd].startswith("socket:")]  # pidfd_getfd
+if process < 0 or min(copies) < 0:
+    sys.exit(77)
+connections = [s for s in map(lambda fd: socket.socket(fileno=fd), copies) if s.family in (socket.AF_INET, socket.AF_INET6)]
+connections[1].shutdown(socket.SHUT_RDWR)
+PYTHON
+}
+saves_lost() { # all ranks have ended behind the save that was due next, and the one before is whole
+    local saved
+    ended cut 76 "no more checkpoints can be written: rank [0-9] lost rank [0-9] of 4" || return
+    saved=$(ls "$work/cut/checkpoints") && [[ "$saved" =~ ^step_0000[0-9]{4}$ ]] && grep -q '"event":"stop".*"error":"no more' "$work/cut/log.jsonl" &&
+        ./train_gpt_cpu checkpoint verify "$work/cut/checkpoints/$saved" && return
+    echo "$saved"
+    tail -n 3 "$work/cut/log.jsonl"
+    return 1
+}
+start cut checkpoint.every=40 checkpoint.keep_last=1
+check "a run whose saves will be cut off gets on" trains cut 41
+cut "$(rank_pid cut 2)"
+if [ $? -eq 77 ]; then
+    skip_test "a connection of those who save breaks" "pidfd_getfd is not permitted here"
+    pkill -TERM -f "^./train_gpt_emu train .*log.run_dir=$work/cut "
+else
+    check "a connection of those who save breaks: the run ends, to be started again" saves_lost
+fi
+
 # A config that is wrong in the same words on all ranks, and on one alone: it is said once, at the latest when nobody else
 # has said it. A rank's code goes to NAME.code.RANK.
 wrong() { # NAME 'what a rank does to its arguments'

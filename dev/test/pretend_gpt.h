@@ -43,6 +43,7 @@ static struct {
     double started[STEPS_RECORDED], finished[STEPS_RECORDED]; // when steps were
     double saved[STEPS_RECORDED]; // when a snapshot was begun behind so many steps; 0: none was
     char log[PATH_MAX];
+    bool lost;                   // the process that saves with this one does not answer
     char blocked[PATH_MAX + 32]; // a file with this name appears at the end of the first step
 } world;
 
@@ -245,6 +246,10 @@ static Outcome train(bool asynchronous, const char* run_dir, char* const* more) 
     CHECK(freopen(temp_path("stdout"), "w", stdout) != NULL);
     CHECK(freopen(temp_path("stderr"), "w", stderr) != NULL);
     trainer_init(&trainer, &program);
+    if (world.lost) {
+        trainer.save_control.size = 2, trainer.save_control.sockets = malloc_check(2 * sizeof(int));
+        trainer.save_control.sockets[0] = trainer.save_control.sockets[1] = -1;
+    }
     o.ok = config_load(&trainer.run, "configs/tiny_llama.json", count, overrides, &o.err) &&
            gpt_resolve(&trainer.run, true, &o.err) && command_train(&trainer, NULL, &o.err);
     o.state = trainer.state;

@@ -188,12 +188,32 @@ static void failed_copies_are_made_up_for(void** state) {
     }
 }
 
+// Who cannot save any more, as those that save with it do not answer, ends, to be started again; they know nothing of it.
+static void lost_saves_end_the_run(void** state) {
+    (void)state;
+    world.lost = true, world.snapshot_seconds = 0.01;
+    char* const due[] = {"checkpoint.every=2", "checkpoint.fast_every=2", "checkpoint.every=10"};
+    for (int i = 0; i < 3; i++) {
+        Outcome o = train(true,
+                          i == 0   ? "a"
+                          : i == 1 ? "b"
+                                   : "c",
+                          i == 1 ? MORE(fast_dir, due[i]) : MORE(due[i]));
+        assert_int_equal(o.err.code, EXIT_LOST);
+        assert_non_null(strstr(o.err.text, "no more checkpoints"));
+        assert_in_range(world.steps, i < 2 ? 3 : 10,
+                        i < 2 ? 5 : 10); // soon behind the save that fails
+        assert_false(trainer.agreed);
+        free(o.said);
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         TEST(checkpoints_hold_their_step),   TEST(checkpoints_come_by_the_clock),
         TEST(intervals_follow_the_formula),  TEST(stops_and_goes_on),
         TEST(failed_saves_are_said_once),    TEST(fast_tier_passes_on),
-        TEST(failed_copies_are_made_up_for),
+        TEST(failed_copies_are_made_up_for), TEST(lost_saves_end_the_run),
     };
     return cmocka_run_group_tests_name("saves", tests, NULL, NULL);
 }
