@@ -166,7 +166,8 @@ static inline bool save(Trainer* t, bool to_durable, Error* err) {
 
 // Seconds between two saves, by what the last one cost and by the clock; INFINITY: steps alone count. With a loss of
 // W / 2 at each failure and the cost of a save every W, W = sqrt(2 cost / failures) loses the least (Young, Commun. ACM
-// 17, 1974). A save waits for the one before, so its writing is a lower bound. Until a cost is known it is a second.
+// 17, 1974). A save waits for the one before, so its writing is a lower bound (INFINITY: it is not over). Until a cost is
+// known it is a second.
 static inline double save_interval(const RunConfig* run, double stall, double writing) {
     double seconds = run->checkpoint.minutes > 0 ? 60 * run->checkpoint.minutes : INFINITY;
     double failures = run->checkpoint.failures_per_day / 86400, cost = stall > 0 ? stall : 1;
@@ -177,7 +178,7 @@ static inline double save_interval(const RunConfig* run, double stall, double wr
 // What this process asks of all of them behind the step that begins. The first one has the clock. Where saves have failed
 // for good all stop together, to be started again.
 static inline int step_requests(const Trainer* t) {
-    double writing = (t->saver.busy ? 0 : t->saver.seconds) + (t->copier.busy ? 0 : t->copier.seconds);
+    double writing = t->saver.busy || t->copier.busy ? INFINITY : t->saver.seconds + t->copier.seconds;
     double interval = save_interval(&t->run, t->stall, writing);
     bool save = t->control.rank == 0 && seconds_now() - t->save_started >= interval;
     return (stop_requested() || t->lost.code != 0 ? REQUEST_STOP : 0) | (save ? REQUEST_SAVE : 0);

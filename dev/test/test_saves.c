@@ -80,6 +80,23 @@ static void intervals_follow_the_formula(void** state) {
     free(run);
 }
 
+// A save that is not over does not hold up training by the next one, which its low cost would have come soon; the clock
+// does.
+static void intervals_outlast_a_save(void** state) {
+    (void)state;
+    Trainer* t = &trainer;
+    memset(t, 0, sizeof *t);
+    t->control.size = 1, t->run.checkpoint.failures_per_day = 864000; // W = sqrt(2 * 0.0001 / 10) s
+    t->stall = 0.0001, t->saver.seconds = 2, t->copier.seconds = 1, t->save_started = seconds_now() - 100;
+    for (int busy = 0; busy < 4; busy++) {
+        t->saver.busy = busy & 1, t->copier.busy = busy >> 1;
+        t->run.checkpoint.minutes = 0;
+        assert_int_equal(step_requests(t) & REQUEST_SAVE, busy == 0 ? REQUEST_SAVE : 0);
+        t->run.checkpoint.minutes = 1;
+        assert_int_equal(step_requests(t) & REQUEST_SAVE, REQUEST_SAVE);
+    }
+}
+
 // A stop saves the step it came in; the next start goes on with the step and the rows behind it.
 static void stops_and_goes_on(void** state) {
     (void)state;
@@ -213,7 +230,8 @@ int main(void) {
         TEST(checkpoints_hold_their_step),   TEST(checkpoints_come_by_the_clock),
         TEST(intervals_follow_the_formula),  TEST(stops_and_goes_on),
         TEST(failed_saves_are_said_once),    TEST(fast_tier_passes_on),
-        TEST(failed_copies_are_made_up_for), TEST(lost_saves_end_the_run),
+        TEST(failed_copies_are_made_up_for), TEST(intervals_outlast_a_save),
+        TEST(lost_saves_end_the_run),
     };
     return cmocka_run_group_tests_name("saves", tests, NULL, NULL);
 }
