@@ -98,6 +98,11 @@ static inline bool lock_run_directory(Trainer* t, Error* err) {
     if (t->run_dir_fd < 0)
         return fail(err, EXIT_CANNOT_WRITE, "cannot open %s: %s", run_dir, strerror(errno));
     if (flock(t->run_dir_fd, LOCK_EX | LOCK_NB) == 0) return true;
+    if (errno != EWOULDBLOCK) {
+        fprintf(stderr, "note: %s cannot be locked (%s): see to it that nobody else trains in it\n", run_dir,
+                strerror(errno));
+        return true;
+    }
     return fail(err, EXIT_CANNOT_WRITE,
                 "another process is training in %s: wait for it, stop it, or name another "
                 "log.run_dir",

@@ -1,4 +1,15 @@
 // What a run saves and when, whatever its directories do, and that the next start goes on from it.
+#define _GNU_SOURCE 1
+#include <errno.h>
+#include <sys/file.h>
+
+static int no_locks; // what a file system says that has none; 0: it has
+static int shy_flock(int fd, int operation) {
+    if (no_locks == 0) return flock(fd, operation);
+    return errno = no_locks, -1;
+}
+#define flock(fd, operation) shy_flock(fd, operation)
+
 #include "dev/test/pretend_gpt.h" // defines: world, train, expect_ok, slurp, occurrences, weight_after, TEST
 
 static void expect_checkpoint(const char* run_dir, int step) {
@@ -225,13 +236,34 @@ static void lost_saves_end_the_run(void** state) {
     }
 }
 
+// Where directories cannot be locked training goes on, and says so; where another one has the lock it does not.
+static void locks_are_no_need(void** state) {
+    (void)state;
+    static const int numbers[] = {ENOSYS, ENOLCK, EOPNOTSUPP};
+    for (int i = 0; i < 3; i++) {
+        no_locks = numbers[i];
+        Outcome o = train(true, i == 0 ? "a" : i == 1 ? "b" : "c", MORE("checkpoint.every=4"));
+        no_locks = 0;
+        if (!o.ok) fail_msg("%s", o.err.text);
+        assert_int_equal(occurrences(o.said, "note: "), 1);
+        assert_non_null(strstr(o.said, strerror(numbers[i])));
+        free(o.said);
+    }
+    no_locks = EWOULDBLOCK;
+    Outcome o = train(true, "d", MORE("checkpoint.every=4"));
+    no_locks = 0;
+    assert_int_equal(o.err.code, EXIT_CANNOT_WRITE);
+    assert_non_null(strstr(o.err.text, "another process is training"));
+    free(o.said);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         TEST(checkpoints_hold_their_step),   TEST(checkpoints_come_by_the_clock),
         TEST(intervals_follow_the_formula),  TEST(stops_and_goes_on),
         TEST(failed_saves_are_said_once),    TEST(fast_tier_passes_on),
         TEST(failed_copies_are_made_up_for), TEST(intervals_outlast_a_save),
-        TEST(lost_saves_end_the_run),
+        TEST(lost_saves_end_the_run),        TEST(locks_are_no_need),
     };
     return cmocka_run_group_tests_name("saves", tests, NULL, NULL);
 }
