@@ -142,11 +142,11 @@ static inline bool open_model(Trainer* t, int B, int T, Error* err) {
     bool created = gpt_create(t->gpt, &t->run, B, T, false, err);
     if (!agree(t, err) || !created) return false;
     if (!connect_model(t, err) || !load_weights(t, &from, err)) return false;
-    return from != WEIGHTS_NOWHERE ||
-           fail(err, EXIT_NO_INPUT,
-                "no checkpoint in %s/checkpoints: train first, or name a model directory with "
-                "checkpoint.load_from=DIR",
-                t->run.log.run_dir);
+    t->agreed = from == WEIGHTS_NOWHERE; // all loaded together
+    return !t->agreed || fail(err, EXIT_NO_INPUT,
+                              "no checkpoint in %s/checkpoints: train first, or name a model directory with "
+                              "checkpoint.load_from=DIR",
+                              t->run.log.run_dir);
 }
 
 static inline bool command_eval(Trainer* t, const char* argument, Error* err) {

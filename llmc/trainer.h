@@ -138,8 +138,10 @@ static inline bool load_weights(Trainer* t, enum WeightsFrom* from, Error* err) 
     CheckpointData data = checkpoint_data(t);
     bool fast = t->tier.directory[0] != '\0';
     if (!(fast ? fast_load_newest(&t->tier, directory, &data, &found, err)
-               : checkpoint_load_newest(directory, &data, &found, err)))
+               : checkpoint_load_newest(directory, &data, &found, err))) {
+        t->agreed = err->code != EXIT_LOST; // all load together
         return false;
+    }
     *from = found ? WEIGHTS_RUN : load_from[0] != '\0' ? WEIGHTS_ELSEWHERE : WEIGHTS_NOWHERE;
     if (*from == WEIGHTS_NOWHERE) return true;
     if (*from == WEIGHTS_ELSEWHERE) {
@@ -172,7 +174,8 @@ static inline bool load_or_init(Trainer* t, bool* resumed, Error* err) {
     }
     t->saved_step = t->tier.to_copy ? NO_STEP : t->state.step;
     t->fast_step = t->tier.loaded ? t->state.step : NO_STEP;
-    if (t->state.data_fingerprint == t->train.fingerprint) return true;
+    t->agreed = t->state.data_fingerprint != t->train.fingerprint; // so it is everywhere
+    if (!t->agreed) return true;
     return fail(
         err, EXIT_CONFIG,
         "the training data are not those that the newest checkpoint in %s was trained on (fingerprint "

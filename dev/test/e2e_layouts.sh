@@ -254,6 +254,19 @@ damaged() {
         [ -d "$(step damaged 4).bad" ] && [ -d "$(step damaged 4)" ]
 }
 check "a damaged file of one process: all take the checkpoint before" damaged
+# What all found out together is said by one of them.
+together() { # CODE 'regular expression' [KEY=VALUE ...]
+    local code=$1 text=$2
+    shift 2
+    train damaged 4 schedule.max_steps=6 "$@"
+    [ $? -eq "$code" ] && [ "$(grep -c '^error: ' "$work/damaged.out")" -eq 1 ] && grep -qE "^error: .*$text" "$work/damaged.out" && return
+    cat "$work/damaged.out"
+    return 1
+}
+check "other data than the checkpoint's are said once" together 78 'not those that the newest checkpoint' seed=2
+spoil() { for file in "$work"/damaged/checkpoints/step_*[0-9]/state.json; do echo '{}' >"$file"; done; }
+spoil
+check "that no checkpoint is whole is said once" together 65 'no checkpoint in .* is whole'
 
 # ----------------------------------------------------------------------------
 # layouts that cannot run

@@ -236,6 +236,30 @@ static void lost_saves_end_the_run(void** state) {
     }
 }
 
+// What all have found together is known to be: the first process says it.
+static void errors_of_all_are_agreed_on(void** state) {
+    (void)state;
+    expect_ok(train(true, "a", MORE("schedule.max_steps=4")));
+    Outcome o = train(true, "a", MORE("seed=2"));
+    assert_int_equal(o.err.code, EXIT_CONFIG);
+    assert_true(trainer.agreed);
+    free(o.said);
+    // a rewind to a checkpoint that was whole when the run began
+    world.bad_token = -1, world.bad_step = 2, world.bad_loss = NAN;
+    snprintf(world.blocked, sizeof world.blocked, "%s/a/checkpoints/step_00000004/extra", temp_dir);
+    o = train(true, "a", MORE("checkpoint.every=0", "guard.policy=rewind"));
+    assert_int_equal(o.err.code, EXIT_BAD_DATA);
+    assert_int_equal(world.steps, 3);
+    assert_true(trainer.agreed);
+    free(o.said);
+    memset(&world, 0, sizeof world);
+    world.memory_limit = UINT64_MAX;
+    o = train(true, "a", MORE("log.every=1"));
+    assert_int_equal(o.err.code, EXIT_BAD_DATA);
+    assert_true(trainer.agreed);
+    free(o.said);
+}
+
 // Where directories cannot be locked training goes on, and says so; where another one has the lock it does not.
 static void locks_are_no_need(void** state) {
     (void)state;
@@ -259,11 +283,17 @@ static void locks_are_no_need(void** state) {
 
 int main(void) {
     const struct CMUnitTest tests[] = {
-        TEST(checkpoints_hold_their_step),   TEST(checkpoints_come_by_the_clock),
-        TEST(intervals_follow_the_formula),  TEST(stops_and_goes_on),
-        TEST(failed_saves_are_said_once),    TEST(fast_tier_passes_on),
-        TEST(failed_copies_are_made_up_for), TEST(intervals_outlast_a_save),
-        TEST(lost_saves_end_the_run),        TEST(locks_are_no_need),
+        TEST(checkpoints_hold_their_step),
+        TEST(checkpoints_come_by_the_clock),
+        TEST(intervals_follow_the_formula),
+        TEST(stops_and_goes_on),
+        TEST(failed_saves_are_said_once),
+        TEST(fast_tier_passes_on),
+        TEST(failed_copies_are_made_up_for),
+        TEST(intervals_outlast_a_save),
+        TEST(lost_saves_end_the_run),
+        TEST(errors_of_all_are_agreed_on),
+        TEST(locks_are_no_need),
     };
     return cmocka_run_group_tests_name("saves", tests, NULL, NULL);
 }
