@@ -113,7 +113,7 @@ static inline bool steps_list(const char* path, bool clean, StepList* list, Erro
     DIR* dir = opendir(path);
     if (dir == NULL)
         return errno == ENOENT ||
-               fail(err, EXIT_NO_INPUT, "cannot open directory %s: %s", path, strerror(errno));
+               fail(err, code_of_open(errno), "cannot open directory %s: %s", path, strerror(errno));
     bool ok = true;
     struct dirent* entry;
     while (ok && (errno = 0, entry = readdir(dir)) != NULL) {

@@ -114,7 +114,7 @@ static inline bool hashed_open(HashedFile* f, const char* dir, const char* name,
     int fd = open(f->path, O_RDONLY | O_CLOEXEC | O_NONBLOCK | (expected != NULL ? O_NOFOLLOW : 0));
     if (fd < 0) {
         bool damage = errno == ELOOP || (errno == ENOENT && expected != NULL);
-        return fail(err, damage ? EXIT_BAD_DATA : EXIT_NO_INPUT, "cannot open %s: %s", f->path,
+        return fail(err, damage ? EXIT_BAD_DATA : code_of_open(errno), "cannot open %s: %s", f->path,
                     strerror(errno));
     }
     hashed_start(f, fd);

@@ -150,7 +150,8 @@ static inline bool manifest_load(Manifest* m, const char* dir, Error* err) {
 // is found out when it is opened.)
 static inline bool manifest_check_directory(const Manifest* m, const char* path, Error* err) {
     DIR* dir = opendir(path);
-    if (dir == NULL) return fail(err, EXIT_NO_INPUT, "cannot open directory %s: %s", path, strerror(errno));
+    if (dir == NULL)
+        return fail(err, code_of_open(errno), "cannot open directory %s: %s", path, strerror(errno));
     bool ok = true;
     struct dirent* entry;
     while (ok && (errno = 0, entry = readdir(dir)) != NULL) {

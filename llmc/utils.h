@@ -253,13 +253,18 @@ static inline bool write_all(int fd, const void* data, size_t bytes) {
     return true;
 }
 
+// What it means that a file cannot be opened: a disk or server that failed may come back.
+static inline int code_of_open(int number) {
+    return number == EIO || number == ESTALE || number == ETIMEDOUT ? EXIT_IO : EXIT_NO_INPUT;
+}
+
 // The whole of a regular file of at most max_bytes, with a NUL behind its last byte; NULL on failure.
 // Caller frees.
 static inline char* read_file(const char* path, size_t max_bytes, size_t* size, Error* err) {
     int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); // non-blocking: a FIFO must not hang the open
     struct stat st;
     if (fd < 0 || fstat(fd, &st) != 0) {
-        fail(err, EXIT_NO_INPUT, "cannot open %s: %s", path, strerror(errno));
+        fail(err, code_of_open(errno), "cannot open %s: %s", path, strerror(errno));
         if (fd >= 0) close(fd);
         return NULL;
     }

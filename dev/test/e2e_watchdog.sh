@@ -190,10 +190,10 @@ check "a run whose saves will be cut off gets on" trains cut 41
 cut "$(rank_pid cut 2)"
 if [ $? -eq 77 ]; then
     skip_test "a connection of those who save breaks" "pidfd_getfd is not permitted here"
-    pkill -TERM -f "^./train_gpt_emu train .*log.run_dir=$work/cut "
 else
     check "a connection of those who save breaks: the run ends, to be started again" saves_lost
 fi
+pkill -KILL -f "^./train_gpt_emu train .*log.run_dir=$work/cut " # if it goes on
 
 # A config that is wrong in the same words on all ranks, and on one alone: it is said once, at the latest when nobody else
 # has said it. A rank's code goes to NAME.code.RANK.
