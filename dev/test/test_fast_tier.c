@@ -1,5 +1,20 @@
 // The fast tier of one process: what stays in it, and what is copied from it. Of several: e2e_fast_tier.sh.
 #define _GNU_SOURCE 1
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+static const char* unreadable; // files with this in their path give EIO
+static ssize_t shy_read(int fd, void* data, size_t n) {
+    char link[32], path[4096];
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t length = unreadable != NULL ? readlink(link, path, sizeof path - 1) : 0;
+    path[length > 0 ? length : 0] = '\0';
+    return unreadable != NULL && strstr(path, unreadable) != NULL ? (errno = EIO, -1) : read(fd, data, n);
+}
+#define read shy_read
+
 #include "llmc/fast_tier.h" // defines: fast_save, fast_load_newest
 #include "dev/test/checkpointed_run.h" // defines: run, model, saved, loaded, load, in_run, exists, slurp, spill, ON_A_RUN
 
@@ -88,11 +103,30 @@ static void test_fast_tier_of_another_model(void** state) {
     assert_true(exists("fast/rank_00000-of-00001/step_00000030") && exists("step_00000020"));
 }
 
+// A durable checkpoint that cannot be read is newer than what the tier has: the run goes on without it, also when it can
+// be read again.
+static void test_fast_tier_instead(void** state) {
+    (void)state;
+    for (int pass = 0; pass < 2; pass++) {
+        Error err = {0, {0}};
+        bool found;
+        if (pass == 0) fast_data(0, 15, 0);
+        CheckpointData d = data_of(&loaded, 0);
+        d.control = &one, d.end = parameter_layout(&model).num_parameters;
+        unreadable = pass == 0 ? "step_00000020" : NULL;
+        if (!fast_load_newest(&tier, run, &d, &found, &err)) fail_msg("%s", err.text);
+        unreadable = NULL;
+        assert_true(found && tier.loaded && d.state.step == 15);
+        assert_true(exists("step_00000020.bad") && !exists("step_00000020"));
+    }
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         ON_A_RUN(test_fast_retention),
         ON_A_RUN(test_damaged_copies),
         ON_A_RUN(test_fast_tier_of_another_model),
+        ON_A_RUN(test_fast_tier_instead),
     };
     // damages, each named on stderr: only the tests' own messages are for the reader
     if (getenv("VERBOSE") == NULL && freopen("/dev/null", "w", stderr) == NULL) return EXIT_OS;
