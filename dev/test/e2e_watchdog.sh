@@ -163,7 +163,7 @@ check "data that go away meanwhile end all ranks with the same code" fails_alone
 check "and not before all is saved" ./train_gpt_cpu checkpoint verify "$work/saving/checkpoints/step_00000100"
 
 # one connection that saves need breaks: what is on the disk stays, and the run ends to be started again
-cut() { # PID: shuts its second connection down, that of those who save together. Exit code 77: not permitted here
+cut_off() { # PID: shuts its second connection down, that of those who save together. Exit code 77: not permitted here
     python3 - "$1" <<'PYTHON'
 import ctypes, os, socket, sys
 pid, libc = int(sys.argv[1]), ctypes.CDLL(None, use_errno=True)
@@ -187,7 +187,7 @@ saves_lost() { # all ranks have ended behind the save that was due next, and the
 }
 start cut checkpoint.every=40 checkpoint.keep_last=1
 check "a run whose saves will be cut off gets on" trains cut 41
-cut "$(rank_pid cut 2)"
+cut_off "$(rank_pid cut 2)"
 if [ $? -eq 77 ]; then
     skip_test "a connection of those who save breaks" "pidfd_getfd is not permitted here"
 else
