@@ -31,7 +31,6 @@
 static const char save_id_name[] = "save_id";
 
 // A directory that one process has for itself, with its share of a checkpoint alone (fast_tier.h).
-enum { ID_DIGITS = 32 };
 typedef struct {
     bool alone;             // what is written or read is such a directory
     char id[ID_DIGITS + 1]; // alone: of this save, the same in all processes

@@ -82,7 +82,17 @@ static inline bool connect_model(Trainer* t, Error* err) {
 // Only training looks into the fast tier: other commands may run on another node.
 static inline bool open_tier(Trainer* t, Error* err) {
     const char* fast_dir = t->run.checkpoint.fast_dir;
-    bool ok = fast_dir[0] == '\0' || fast_open(&t->tier, fast_dir, t->run.log.run_dir, &t->control, err);
+    bool ok = fast_dir[0] == '\0' || fast_open(&t->tier, fast_dir, &t->identity, &t->control, err);
+    return agree(t, err) && ok;
+}
+
+// Has every process the same run directory before it? Rank 0's BAD_NODE is the one that who started the run reads.
+static inline bool same_run_directory(Trainer* t, Error* err) {
+    const RunConfig* run = &t->run;
+    double patience = run->parallel.start_timeout < 30 ? run->parallel.start_timeout : 30;
+    char bad_node[64] = "";
+    bool ok = run_identity_share(&t->identity, run->log.run_dir, &t->control, patience, bad_node, err);
+    if (bad_node[0] != '\0') name_bad_node(t, bad_node);
     return agree(t, err) && ok;
 }
 
@@ -93,10 +103,14 @@ static inline bool command_train(Trainer* t, const char* argument, Error* err) {
     Tokens prompt = {NULL, 0, 0};
     block_stop_signals();
     bool first = t->control.rank == 0; // who writes what is there once
-    bool ready = check_memory(run, true, err) &&
-                 (!first || (lock_run_directory(t, err) && run_state_begin(err))) && open_data(t, true, err);
+    bool ready =
+        check_memory(run, true, err) && (!first || (lock_run_directory(t, err) && run_state_begin(err) &&
+                                                    run_identity_begin(&t->identity, run->log.run_dir, err)));
     if (!agree(t, err) || !ready) return false;
     run_state_ours = true; // on all processes
+    if (!same_run_directory(t, err)) return false;
+    ready = open_data(t, true, err);
+    if (!agree(t, err) || !ready) return false;
     bool prompt_ok =
         run->sample.every == 0 || prompt_tokens(t, &prompt, err); // rather now than after an hour
     free(prompt.data);

@@ -138,8 +138,9 @@ static inline bool manifest_load(Manifest* m, const char* dir, Error* err) {
     size_t size;
     m->files = NULL, m->count = 0;
     if (!path_join(path, dir, manifest_name, err)) return false;
-    if (access(path, F_OK) != 0 && errno == ENOENT)
-        return fail(err, EXIT_BAD_DATA, "%s has no %s", dir, manifest_name);
+    if (access(path, F_OK) != 0 && errno == ENOENT) // what is not there at all is not damaged
+        return access(dir, F_OK) != 0 ? fail(err, EXIT_NO_INPUT, "%s is not there", dir)
+                                      : fail(err, EXIT_BAD_DATA, "%s has no %s", dir, manifest_name);
     char* text = read_file(path, MANIFEST_MAX_BYTES, &size, err);
     bool ok = text != NULL && manifest_parse(m, text, size, path, err);
     free(text);

@@ -86,7 +86,6 @@ static inline bool finish_write(Trainer* t, Error* err) {
     bool fast = saver->tier != NULL, ok = join_saver(t, saver, fast ? &why : err);
     if (ok) report_save(t, saver, t->program->asynchronous ? t->stall : saver->seconds);
     if (ok) *(fast ? &t->fast_step : &t->saved_step) = step;
-    if (ok && t->tier.directory[0] == '\0' && t->control.rank == 0) fast_abandon(t->run.log.run_dir);
     if (why.code == EXIT_LOST) return fail(err, why.code, "%s", why.text);
     if (!fast) return ok;
     if (!ok && t->control.rank == 0)

@@ -31,6 +31,7 @@ typedef struct {
     int eot_id; // begins every document in the shards; -1: not known
     TrainState state;
     Alarm alarm; // of the last step
+    RunIdentity identity;
     FastTier tier;
     Saver saver, copier;             // copier: from the fast tier to the run's directory
     uint64_t saved_step, tried_step; // of the newest durable checkpoint, and of the last attempt at one
@@ -166,6 +167,7 @@ static inline bool load_weights(Trainer* t, enum WeightsFrom* from, Error* err) 
 static inline bool load_or_init(Trainer* t, bool* resumed, Error* err) {
     enum WeightsFrom from;
     if (!load_weights(t, &from, err)) return false;
+    if (!t->tier.loaded && !fast_give_up(&t->tier, &t->identity, &t->control, err)) return false;
     *resumed = from == WEIGHTS_RUN;
     if (from == WEIGHTS_NOWHERE) init_weights(t->gpt, &t->run.model, t->run.seed);
     if (!*resumed) {

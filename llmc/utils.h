@@ -18,6 +18,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/random.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -203,6 +204,19 @@ static inline int compare_doubles(const void* a, const void* b) {
 static inline double sort_for_median(double* values, int count) {
     qsort(values, (size_t)count, sizeof *values, compare_doubles);
     return values[count / 2];
+}
+
+// ----------------------------------------------------------------------------
+// names that nothing else has
+
+enum { ID_DIGITS = 32 };
+
+static inline bool draw_id(char id[ID_DIGITS + 1], Error* err) {
+    unsigned char bytes[ID_DIGITS / 2];
+    if (getrandom(bytes, sizeof bytes, 0) != (ssize_t)sizeof bytes)
+        return fail(err, EXIT_OS, "cannot draw random numbers: %s", strerror(errno));
+    for (int i = 0; i < ID_DIGITS / 2; i++) snprintf(id + 2 * i, 3, "%02x", bytes[i]);
+    return true;
 }
 
 // ----------------------------------------------------------------------------

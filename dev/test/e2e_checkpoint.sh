@@ -35,7 +35,7 @@ examine() {
     left=$(cd "$run" && echo *)
     [ "$left" = "${3:+$3 }step_00000030" ] || die "$1: left behind: $left"
     [ -n "${FAST_DIR:-}" ] || return 0
-    left=$(cd "$fast"/run/rank* && echo *)
+    left=$(cd "$fast"/run/past/rank* && echo *)
     [[ "$left" =~ ^(step_000000[12]0 )?step_00000030$ ]] || die "$1: left in the tier: $left"
 }
 

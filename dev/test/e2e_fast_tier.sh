@@ -24,7 +24,7 @@ run() {
 step() { printf '%s/%s/checkpoints/step_%08d' "$work" "$1" "$2"; }
 same() { ./train_gpt_cpu checkpoint diff "$(step "$1" $last)" "$(step "$2" $last)"; } # NAME NAME
 part() { # RUN RANK OF [STEP]: a directory of the tier
-    printf '%s/%s/rank_%05d-of-%05d' "$fast" "$(cut -d ' ' -f 1 "$work/$1/run_id")" "$2" "$3"
+    printf '%s/%s/rank_%05d-of-%05d' "$fast" "$(sed 's|^\([^ ]*\) \([^ ]*\) .*|\1/\2|' "$work/$1/run_id")" "$2" "$3"
     [ $# -lt 4 ] || printf '/step_%08d' "$4"
 }
 said() { # NAME 'regular expression'
@@ -158,10 +158,10 @@ check "no run_id: the checkpoints of another run are not used" goes_on 4 "$work/
 again
 mv "$work/hit" "$work/first" && cp -a "$work/first" "$work/hit" && sed -i "s|/hit\$|/first|" "$work/hit/run_id"
 check "nor are they in a copy of a run's directory" goes_on 4 "$work/hit"
-check "which is said" said hit '^note: .*run_id is not of this directory'
+check "which is said" said hit '^note: .*run_id was not of this directory'
 again
 check "another number of processes goes on from the durable one" goes_on 4 "$work/hit" 2
-check "and says what it does not use" said hit '^note: .* has checkpoints of another number of processes'
+check "and says what it does not use" said hit '^note: .* has checkpoints that the run does not go on from: .*another number of processes'
 again
 run 2 hit "${tier[@]}" schedule.max_steps=8
 check "which leaves nothing behind that this number could take up again" run 4 hit "${tier[@]}"
@@ -169,9 +169,9 @@ check "it goes on from the durable one, too" said hit "^weights from $work/hit.*
 again
 run 4 hit schedule.max_steps=8
 check "a start without the tier gives up what it has" goes_on 8 "$work/hit"
-newer() { # one that writes no checkpoint of its own, but gets one
+newer() { # the past of step 8 is back, with a durable checkpoint that is not of it
     run 0 newer "${tier[@]}" schedule.max_steps=8 && cp "$work/newer/run_id" "$work" && run 0 newer schedule.max_steps=12 &&
-        [ ! -e "$work/newer/run_id" ] && mv "$work/run_id" "$work/newer" && run 0 newer "${tier[@]}" &&
+        ! cmp "$work/newer/run_id" "$work/run_id" && mv "$work/run_id" "$work/newer" && run 0 newer "${tier[@]}" &&
         said newer "^weights from $work/newer.*, step 12\$"
 }
 check "a durable checkpoint that is newer is used" newer
@@ -179,6 +179,46 @@ again
 rm "$work/hit/run_id" && mkdir "$work/hit/run_id"
 unread() { ! run 4 hit "${tier[@]}" && said hit '^error: .*run_id.*; remove it to give up what checkpoint.fast_dir has$'; }
 check "a run_id that cannot be read is no reason to forget the tier" unread
+
+# ----------------------------------------------------------------------------
+# nodes with a disk each: what ranks leave there when they move is of a past that others go on from elsewhere
+
+placed() { # "NODE NODE" [KEY=VALUE ...]: two ranks, one on each of these
+    local nodes=$1
+    shift
+    mkdir -p "$work"/{n1,n2,n3}/tier
+    timeout 120 dev/emu/launch -n 2 sh -c "root=\$PWD; set -- \"\$root/configs/tiny_llama.json\" \"\$@\"
+        cd $work/\$(echo $nodes | cut -d ' ' -f \$((RANK + 1))); exec \$root/train_gpt_emu train \"\$@\"" sh "${data[@]}" \
+        "log.run_dir=$work/moved" "${settings[@]}" checkpoint.every=0 checkpoint.fast_dir=tier "$@" >"$work/moved.out" 2>"$work/moved.err"
+}
+moved() { # to the nodes n1 and n2, and back
+    local trainer
+    placed "n2 n3" schedule.max_steps=8 || return 1
+    placed "n2 n3" schedule.max_steps=100000 checkpoint.fast_every=2 &
+    trainer=$!
+    for _ in $(seq 1200); do
+        [ ! -d "$(echo "$work"/n3/tier/*/*/rank_00001-of-00002/step_00000014)" ] || break
+        sleep 0.05
+    done
+    pkill -KILL -f "log.run_dir=$work/moved "
+    wait $trainer
+    [ ! -e "$(step moved 14)" ] && placed "n1 n2" schedule.max_steps=12 optimizer.learning_rate=0.01 && said moved ', step 8$' &&
+        placed "n2 n3" schedule.max_steps=$last && said moved "^weights from $work/moved.*, step 12\$"
+}
+left_alone() {
+    run 2 unmoved checkpoint.every=0 schedule.max_steps=8 && run 2 unmoved checkpoint.every=0 schedule.max_steps=12 optimizer.learning_rate=0.01 &&
+        run 2 unmoved checkpoint.every=0 && same moved unmoved
+}
+one_each() { # checkpoints of one rank, that of the last past
+    local n
+    for n in n2 n3; do
+        [ "$(cd "$work/$n/tier" && echo */*/*)" = "$(cut -d ' ' -f 1 "$work/moved/run_id")/$(cut -d ' ' -f 2 "$work/moved/run_id")/rank_0000$((${n#n} - 2))-of-00002" ] ||
+            { ls -d "$work"/n?/tier/*/*/*/* && return 1; }
+    done
+}
+check "ranks that have moved and come back go on from the durable checkpoint" moved
+check "with the bits of a run that was left alone" left_alone
+check "a node keeps nothing of other ranks" one_each
 
 spoilt() { # the last step is whole in memory, and not in the tier, while its copy has not begun
     local rank trainer
@@ -207,7 +247,7 @@ if mount -t tmpfs -o size=2000k tmpfs "$work/small" 2>/dev/null; then
     check "and the durable checkpoints are there, too" same_files plain4 full
     left() { # the first save has room, the others have not
         local steps
-        steps=$(cd "$work/small" && ls -d */rank*/step_* | sed 's|.*/||' | sort | uniq -c)
+        steps=$(cd "$work/small" && ls -d */*/rank*/step_* | sed 's|.*/||' | sort | uniq -c)
         echo "$steps"
         [ -n "$steps" ] && ! grep -qv '^ *4 ' <<<"$steps"
     }

@@ -137,7 +137,7 @@ cp -r "$work/data" "$work/node/2"
     echo $? >"$work/behind.code"
 ) &
 check "a run with a fast tier gets on" trains behind 41
-flock "$work"/fast/*/rank_00001-of-00004 sleep 60 &
+flock "$work"/fast/*/*/rank_00001-of-00004 sleep 60 &
 check "and saves while that is held up" trains behind 81
 truncate -s 2000 "$work/node/2/data/train_000000.bin"
 check "data that go away on one rank end all with the same code" fails_alone behind

@@ -39,8 +39,8 @@ int main(int argc, char** argv) {
     data.end = parameter_layout(&model).num_parameters;
     if (fast_dir != NULL) {
         snprintf(tier.base, sizeof tier.base, "%s", fast_dir);
-        if (!path_join(tier.run, fast_dir, "run", &err) ||
-            !path_join(tier.directory, tier.run, "rank_0-of-1", &err))
+        if (!path_join(tier.run, fast_dir, "run", &err) || !path_join(tier.past, tier.run, "past", &err) ||
+            !path_join(tier.directory, tier.past, "rank_0-of-1", &err))
             exit_with(&err);
     }
     if (saving) {

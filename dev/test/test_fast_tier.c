@@ -30,7 +30,8 @@ static CheckpointData fast_data(int k, uint64_t step, uint64_t copied) {
     memset(&part, 0, sizeof part);
     snprintf(tier.base, sizeof tier.base, "%s", run);
     snprintf(tier.run, sizeof tier.run, "%s", in_run("fast"));
-    snprintf(tier.directory, sizeof tier.directory, "%s", in_run("fast/rank_00000-of-00001"));
+    snprintf(tier.past, sizeof tier.past, "%s", in_run("fast/past"));
+    snprintf(tier.directory, sizeof tier.directory, "%s", in_run("fast/past/rank_00000-of-00001"));
     if (!fast_save(&tier, &d, &part, copied, &err)) fail_msg("%s", err.text);
     part.alone = false;
     assert_true(step_path(part.source, tier.directory, step, "", &err));
@@ -100,7 +101,7 @@ static void test_fast_tier_of_another_model(void** state) {
     d.params = d.m = d.v = NULL;
     assert_false(fast_load_newest(&tier, run, &d, &found, &err));
     assert_int_equal(err.code, EXIT_CONFIG);
-    assert_true(exists("fast/rank_00000-of-00001/step_00000030") && exists("step_00000020"));
+    assert_true(exists("fast/past/rank_00000-of-00001/step_00000030") && exists("step_00000020"));
 }
 
 // A durable checkpoint that cannot be read is newer than what the tier has: the run goes on without it, also when it can
