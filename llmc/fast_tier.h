@@ -20,7 +20,6 @@
 #pragma once
 #include "llmc/checkpoint.h" // defines: CheckpointData, checkpoint_save, checkpoint_read, checkpoint_load_above
 #include "llmc/run_identity.h" // defines: RunIdentity, run_identity_new_past
-#include <ftw.h>
 
 enum { FAST_KEEP = 2 }; // newest ones; the one that is being copied stays besides, and one is being written
 
@@ -74,10 +73,18 @@ static inline bool fast_open(FastTier* tier, const char* fast_dir, const RunIden
     return control_agree(control, err) && fast_place(tier, identity, control, err);
 }
 
-static inline int fast_remove_entry(const char* path, const struct stat* st, int type, struct FTW* at) {
-    (void)st, (void)type, (void)at;
-    remove(path); // other processes of this node do the same: what is gone is gone
-    return 0;
+// Other processes of this node do the same: what is gone is gone.
+static inline void fast_remove_tree(const char* path) {
+    DIR* dir = opendir(path);
+    char inside[PATH_MAX];
+    Error ignored = {0, {0}};
+    for (struct dirent* entry; dir != NULL && (entry = readdir(dir)) != NULL;) {
+        if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0) continue;
+        if (path_join(inside, path, entry->d_name, &ignored) && unlink(inside) != 0 && errno == EISDIR)
+            fast_remove_tree(inside);
+    }
+    if (dir != NULL) closedir(dir);
+    rmdir(path);
 }
 
 // Has this node anything of another past of the run? remove: not any more.
@@ -91,15 +98,14 @@ static inline bool fast_other_pasts(const FastTier* tier, bool remove) {
         if (strspn(entry->d_name, "0123456789abcdef") != ID_DIGITS || strcmp(entry->d_name, own) == 0)
             continue;
         others = true;
-        if (remove && path_join(path, tier->run, entry->d_name, &ignored))
-            nftw(path, fast_remove_entry, 8, FTW_DEPTH | FTW_PHYS);
+        if (remove && path_join(path, tier->run, entry->d_name, &ignored)) fast_remove_tree(path);
     }
     if (dir != NULL) closedir(dir);
     return others;
 }
 
 // All processes, where the run does not go on from the tier: whatever one has, here or on nodes that the run is not on
-// now, is of a past that is given up. It has another name from now on, so that a kill leaves nothing between the two.
+// now, is of a past that is given up. Nothing is trained before the new one has its name in RUN_DIR.
 static inline bool fast_give_up(FastTier* tier, RunIdentity* identity, Control* control, Error* err) {
     if (!run_identity_new_past(identity, control, err)) return false;
     if (tier->directory[0] == '\0') return true;

@@ -50,6 +50,11 @@ $(events '.*"step":20,"what":"loss".*"action":"skipped"') $(events) $(state "$na
         "$((24 * 8 + 32)) 1 0" ]
     check "$place: the same run again" train again$place "${run[@]}" guard.policy=rewind
     check "$place: has the same bits" same $name again$place
+    mkdir "$work/fast$place"
+    check "$place: rewind to a step that only the fast tier has" train tier$place "${run[@]}" guard.policy=rewind checkpoint.every=20 \
+        checkpoint.fast_dir="$work/fast$place" checkpoint.fast_every=5
+    check "$place: it was that of step 10" grep -q "^weights from $work/fast$place/.*, step 10\$" "$work/tier$place.err"
+    check "$place: the same bits" same $name tier$place
     for from in 10 15; do # before and behind the rewind
         rm -rf "$work/resumed"
         cp -r "$work/$name" "$work/resumed"

@@ -620,7 +620,7 @@ static void test_commands(void** state) {
     fflush(stdout);
     dup2(nowhere, STDOUT_FILENO);
     int whole = checkpoint_verify(twenty), info = checkpoint_info(twenty),
-        missing = checkpoint_info("/nonexistent");
+        missing = checkpoint_info("/nonexistent"), nothing = checkpoint_verify("/nonexistent");
     int same = checkpoint_diff(twenty, twenty), different = checkpoint_diff(ten, twenty);
     file_in(path, "step_00000020", "run_config.json");
     spill(path, "{\n  \"seed\": 2\n}\n", 16);
@@ -631,6 +631,7 @@ static void test_commands(void** state) {
     assert_int_equal(whole, EXIT_OK);
     assert_int_equal(info, EXIT_OK);
     assert_int_equal(missing, EXIT_NO_INPUT);
+    assert_int_equal(nothing, EXIT_NO_INPUT); // what is not there is not damaged
     assert_int_equal(same, EXIT_OK);
     assert_int_equal(different, 1);
     assert_int_equal(damaged, EXIT_BAD_DATA);

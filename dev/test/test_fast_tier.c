@@ -15,7 +15,7 @@ static ssize_t shy_read(int fd, void* data, size_t n) {
 }
 #define read shy_read
 
-#include "llmc/fast_tier.h" // defines: fast_save, fast_load_newest
+#include "llmc/fast_tier.h" // defines: fast_save, fast_load_newest, fast_open, fast_give_up
 #include "dev/test/checkpointed_run.h" // defines: run, model, saved, loaded, load, in_run, exists, slurp, spill, ON_A_RUN
 
 static FastTier tier;
@@ -122,12 +122,67 @@ static void test_fast_tier_instead(void** state) {
     }
 }
 
+// What is passed over is newer than what the run goes on from: it is gone before anything is trained.
+static void test_fast_newer_is_forgotten(void** state) {
+    (void)state;
+    char path[PATH_MAX];
+    Error err = {0, {0}};
+    bool found;
+    CheckpointData d = data_of(&loaded, 0);
+    d.control = &one, d.end = parameter_layout(&model).num_parameters;
+    fast_data(0, 30, 0), fast_data(1, 31, 0);
+    snprintf(path, sizeof path, "%s", in_run("fast/past/rank_00000-of-00001/step_00000031/state.json"));
+    assert_int_equal(rename(path, in_run("state.json")), 0); // for a while
+    assert_true(fast_load_newest(&tier, run, &d, &found, &err) && found && tier.loaded && tier.to_copy);
+    assert_int_equal(d.state.step, 30);
+    rename(in_run("state.json"), path);
+    assert_true(exists("fast/past/rank_00000-of-00001/step_00000030"));
+    assert_false(exists("fast/past/rank_00000-of-00001/step_00000031"));
+}
+
+// Another past: nothing of the one before is loaded, and the first save removes it.
+static void test_fast_pasts(void** state) {
+    (void)state;
+    char before[PATH_MAX], directory[PATH_MAX];
+    Error err = {0, {0}};
+    bool found;
+    CheckpointData d = data_of(&loaded, 0);
+    RunIdentity identity;
+    d.control = &one, d.end = parameter_layout(&model).num_parameters;
+    memset(&tier, 0, sizeof tier);
+    assert_int_equal(mkdir(in_run("node"), 0777), 0);
+    assert_true(run_identity_begin(&identity, run, &err));
+    assert_true(fast_open(&tier, in_run("node"), &identity, &one, &err));
+    CheckpointData fast = data_of(&saved[1], 30);
+    CheckpointPart own = {true, {0}, {0}};
+    fast.control = &one, fast.part = &own, fast.end = d.end;
+    assert_true(fast_save(&tier, &fast, &own, 0, &err));
+    snprintf(before, sizeof before, "%s", tier.past),
+        snprintf(directory, sizeof directory, "%s", tier.directory);
+    assert_true(fast_load_newest(&tier, run, &d, &found, &err) && tier.loaded);
+    assert_int_equal(d.state.step, 30);
+    assert_true(fast_give_up(&tier, &identity, &one, &err));
+    assert_string_not_equal(tier.directory, directory);
+    assert_true(fast_load_newest(&tier, run, &d, &found, &err) && found && !tier.loaded);
+    assert_int_equal(d.state.step, 20);
+    assert_int_equal(access(directory, F_OK), 0);
+    fast.state = state_of(21), own.alone = true;
+    assert_true(fast_save(&tier, &fast, &own, 0, &err));
+    assert_true(access(before, F_OK) != 0 && errno == ENOENT);
+    assert_true(run_identity_begin(&identity, run, &err) &&
+                fast_open(&tier, in_run("node"), &identity, &one, &err));
+    assert_true(fast_load_newest(&tier, run, &d, &found, &err) && tier.loaded);
+    assert_int_equal(d.state.step, 21);
+}
+
 int main(void) {
     const struct CMUnitTest tests[] = {
         ON_A_RUN(test_fast_retention),
         ON_A_RUN(test_damaged_copies),
         ON_A_RUN(test_fast_tier_of_another_model),
         ON_A_RUN(test_fast_tier_instead),
+        ON_A_RUN(test_fast_newer_is_forgotten),
+        ON_A_RUN(test_fast_pasts),
     };
     // damages, each named on stderr: only the tests' own messages are for the reader
     if (getenv("VERBOSE") == NULL && freopen("/dev/null", "w", stderr) == NULL) return EXIT_OS;
