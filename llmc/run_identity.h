@@ -64,6 +64,13 @@ static inline bool run_identity_begin(RunIdentity* identity, const char* run_dir
            draw_id(identity->start, err) && run_identity_write(identity, err);
 }
 
+// A start that has come to nothing does not make a run of a directory that was none.
+static inline void run_identity_undo(const RunIdentity* identity) {
+    char file[PATH_MAX];
+    Error ignored = {0, {0}};
+    if (path_join(file, identity->directory, "run_id", &ignored)) unlink(file);
+}
+
 // All processes: what fast tiers have is of a past that the run does not go on from.
 static inline bool run_identity_new_past(RunIdentity* identity, Control* control, Error* err) {
     if (control->rank == 0 && draw_id(identity->past, err)) run_identity_write(identity, err);
@@ -182,5 +189,6 @@ static inline bool run_identity_share(RunIdentity* identity, const char* run_dir
     ok = ok && control_gather(control, &mine, sizeof mine, all, err) &&
          (control->rank > 0 || run_identity_judge(identity, all, control->size, bad_node, err));
     free(all);
+    if (!ok && control->rank == 0 && !identity->known) run_identity_undo(identity);
     return ok;
 }

@@ -79,6 +79,7 @@ check "another start goes without that node" named "$work/other/shared/run" node
 check "no checkpoint was touched" untouched other
 check "rank 0 has none: it is named" ended first 74 "rank 0: on its node, node_0, log.run_dir, shared/run, is not the run that most of the 3 ranks see there: $mounted"
 check "where who started it looks" named "$work/first/0/shared/run" node_0
+check "where nothing is left that looks like a run" test ! -e "$work/first/0/shared/run/run_id"
 check "the run does not know of it" cmp "$work/first/shared/run/run_id" "$work/first.run_id"
 check "no checkpoint of the run was touched" untouched first
 check "rank 1 sees an earlier state: it is named" ended early 74 "rank 1: on its node, node_1, .* is that of an earlier start, or a copy, not what rank 0 sees on node_0: $mounted"
