@@ -34,16 +34,16 @@ older() {   # NAME: a run that has got to step 8
     names "$1" >"$work/$1.names"
 }
 names() { (cd "$work/$1/shared" && find . ! -name '*.prom' ! -name RUN_STATE | sort); }
-untouched() { diff "$work/$1.names" <(names "$1" | grep -v BAD_NODE); }
-ended() { # NAME CODE 'regular expression': one error, which says that, and no step
+untouched() { diff "$work/$1.names" <(names "$1" | grep -v 'BAD_NODE\|FATAL\|flight'); }
+failed() { # NAME CODE 'regular expression': an error that says that, and no step
     for _ in $(seq 1200); do
         [ ! -s "$work/$1.code" ] || break
         sleep 0.05
     done
     cat "$work/$1.err"
-    [ "$(cat "$work/$1.code")" = "$2" ] && [ "$(grep -c '^error: ' "$work/$1.err")" -eq 1 ] && grep -qE "^error: $3" "$work/$1.err" &&
-        ! grep -q '^step ' "$work/$1.out"
+    [ "$(cat "$work/$1.code")" = "$2" ] && grep -qE "^error: $3" "$work/$1.err" && ! grep -q '^step ' "$work/$1.out"
 }
+ended() { failed "$@" && [ "$(grep -c '^error: ' "$work/$1.err")" -eq 1 ]; } # the same, said once
 named() { [ "$(cat "$1/BAD_NODE")" = "$2" ] && [ ! -e "$1/FATAL" ]; } # DIRECTORY NODE
 mounted='is its file system mounted there\?$'
 
@@ -60,6 +60,8 @@ older early && unmount early 1 && cp -a "$work/early/shared/run" "$work/early/1/
 start early 3
 older two && unmount two 1
 start two 2
+older partly && unmount partly 1 && mkdir -p "$work/partly/1/shared/run/checkpoints" && ln -s "$work/partly/shared/run/run_id" "$work/partly/1/shared/run"
+start partly 3
 nodes new && unmount new 2
 start new 3
 nodes alone && unmount alone 0
@@ -86,6 +88,8 @@ check "rank 1 sees an earlier state: it is named" ended early 74 "rank 1: on its
 check "and its node" named "$work/early/shared/run" node_1
 check "of two nodes the one without the run is bad" ended two 74 "rank 1: .*$mounted"
 check "it is named" named "$work/two/shared/run" node_1
+check "checkpoints that one rank does not see are not damaged" failed partly 66 'rank 1: shared/run/checkpoints/step_00000008 is not there$'
+check "and are not set aside" untouched partly
 check "a new run says it, too" ended new 74 "rank 2: on its node, node_2, .*$mounted"
 check "and names the node" named "$work/new/shared/run" node_2
 check "a directory that only rank 0 has is none for a run" ended alone 66 "rank 1: .*$mounted"
