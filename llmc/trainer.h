@@ -167,7 +167,10 @@ static inline bool load_weights(Trainer* t, enum WeightsFrom* from, Error* err) 
 static inline bool load_or_init(Trainer* t, bool* resumed, Error* err) {
     enum WeightsFrom from;
     if (!load_weights(t, &from, err)) return false;
-    if (!t->tier.loaded && !fast_give_up(&t->tier, &t->identity, &t->control, err)) return false;
+    if (!t->tier.loaded && !fast_give_up(&t->tier, &t->identity, &t->control, err)) {
+        t->agreed = err->code != EXIT_LOST;
+        return false;
+    }
     *resumed = from == WEIGHTS_RUN;
     if (from == WEIGHTS_NOWHERE) init_weights(t->gpt, &t->run.model, t->run.seed);
     if (!*resumed) {
