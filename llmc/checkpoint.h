@@ -106,13 +106,17 @@ static inline int newest_first(const void* a, const void* b) {
 }
 
 // Lists what is in the directory; with clean, first removes what a killed save or removal left there.
-// A directory that does not exist holds nothing. Caller frees .steps, also after a failure.
+// A directory that does not exist holds nothing, a link that leads nowhere may have held a run. Caller frees .steps,
+// also after a failure.
 static inline bool steps_list(const char* path, bool clean, StepList* list, Error* err) {
     memset(list, 0, sizeof *list);
     DIR* dir = opendir(path);
+    struct stat link;
+    if (dir == NULL && errno == ENOENT)
+        return lstat(path, &link) != 0 ||
+               fail(err, EXIT_IO, "%s leads nowhere: is its file system mounted?", path);
     if (dir == NULL)
-        return errno == ENOENT ||
-               fail(err, code_of_open(errno), "cannot open directory %s: %s", path, strerror(errno));
+        return fail(err, code_of_open(errno), "cannot open directory %s: %s", path, strerror(errno));
     bool ok = true;
     struct dirent* entry;
     while (ok && (errno = 0, entry = readdir(dir)) != NULL) {
@@ -491,6 +495,11 @@ static inline bool steps_share(const CheckpointData* data, StepList* list, Error
     return control_broadcast(data->control, list->steps, (size_t)counts[0] * sizeof *list->steps, err);
 }
 
+// Damage, or a node's way to the disk: other processes may find otherwise.
+static inline bool is_doubtful(int code) {
+    return code == EXIT_BAD_DATA || code == EXIT_IO || code == EXIT_NO_INPUT;
+}
+
 // What the first process finds of a checkpoint that not all could load (err: why, own: the first one's code), on all of
 // them: EXIT_BAD_DATA, EXIT_IO or none of these. What it could load of it says little of the rest. *vanished: it was
 // removed by another process meanwhile.
@@ -502,8 +511,7 @@ static inline bool checkpoint_judge(const char* path, const CheckpointData* into
         Error why = {0, {0}};
         memset(&whole, 0, sizeof whole);
         whole.model = into->model;
-        bool doubtful = err->code == EXIT_BAD_DATA || err->code == EXIT_IO;
-        if (own == 0 && doubtful && !checkpoint_read(path, &whole, &why)) found[0] = why.code;
+        if (own == 0 && is_doubtful(err->code) && !checkpoint_read(path, &whole, &why)) found[0] = why.code;
         found[1] = access(path, F_OK) != 0 && errno == ENOENT;
     }
     bool ok = into->control == NULL || control_broadcast(into->control, found, sizeof found, lost);
@@ -539,7 +547,7 @@ static inline bool checkpoint_try_newest(const char* dir, CheckpointData* into, 
         if (*found) break;
         ok = checkpoint_judge(path, into, &why, own, vanished, &finding, err);
         if (!ok || *vanished) break;
-        if (why.code != EXIT_BAD_DATA && why.code != EXIT_IO)
+        if (!is_doubtful(why.code) || (why.code == EXIT_NO_INPUT && finding == EXIT_NO_INPUT))
             ok = fail(err, why.code, "%s", why.text);
         else if (finding != EXIT_BAD_DATA && finding != EXIT_IO)
             ok = fail(err, EXIT_IO,

@@ -124,7 +124,7 @@ static inline bool command_train(Trainer* t, const char* argument, Error* err) {
     bool finished = t->state.step >= (uint64_t)run->schedule.max_steps;
     ready = !first ||
             ((finished || write_run_config(t, err)) && metrics_open(&t->metrics, run->log.run_dir, err));
-    if (!agree(t, err) || !ready) return false;
+    if (!agree(t, err) || !ready || !leave_past(t, err)) return false;
     t->peak_flops = gpt_peak_flops(&t->run);
     telemetry_start(&t->telemetry, run, first ? t->metrics.log.path : NULL, t->state.step,
                     t->local_rank == 0);

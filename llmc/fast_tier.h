@@ -114,7 +114,7 @@ static inline bool fast_give_up(FastTier* tier, RunIdentity* identity, Control* 
         fprintf(
             stderr,
             "note: %s has checkpoints that the run does not go on from: older ones, or of another number of "
-            "processes, or not in every process; they go with the first save\n",
+            "processes, or not in every process; they are given up\n",
             tier->run);
     return true;
 }

@@ -2,7 +2,7 @@
 // to the newest checkpoint. Every process does the same, since all judged the same numbers.
 #pragma once
 #include "llmc/guard.h"   // defines: Alarm, guard_describe, guard_rows_after_rewind
-#include "llmc/trainer.h" // defines: Trainer, load_or_init, event_begin
+#include "llmc/trainer.h" // defines: Trainer, load_or_init, leave_past, event_begin
 
 // Rows of the batch that the log names one by one; the others follow from first_row (data_order.h). Tokens shown.
 enum { GUARD_ROWS_LISTED = 16, GUARD_HEAD_TOKENS = 64 };
@@ -107,6 +107,7 @@ static inline bool guard_rewind(Trainer* t, Error* err) {
     bool from_checkpoint;
     flight_phase(PHASE_START, t->state.step);
     if (!load_or_init(t, &from_checkpoint, err)) return false;
+    if (t->tier.directory[0] != '\0' && !leave_past(t, err)) return false;
     t->tried_step = t->saved_step;
     t->state.rewinds = bad.rewinds + 1;
     if (t->alarm.fault == NULL) t->state.rows = guard_rows_after_rewind(t->state.rows, bad.rows, &t->run);

@@ -64,7 +64,7 @@ static inline bool run_identity_begin(RunIdentity* identity, const char* run_dir
            draw_id(identity->start, err) && run_identity_write(identity, err);
 }
 
-// A start that has come to nothing does not make a run of a directory that was none.
+// Where ranks do not see the same directory, one that was no run's is none behind it.
 static inline void run_identity_undo(const RunIdentity* identity) {
     char file[PATH_MAX];
     Error ignored = {0, {0}};

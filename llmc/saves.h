@@ -174,10 +174,18 @@ static inline double save_interval(const RunConfig* run, double stall, double wr
     return seconds;
 }
 
+// Of the last write, INFINITY while it is under way; but one that hangs the next save is to wait for, under the
+// watchdog's eyes.
+static inline double time_of_writing(const Trainer* t, const Saver* s) {
+    double patience = t->run.parallel.hang_seconds_max > 0 ? t->run.parallel.hang_seconds_max : 3600;
+    if (!s->busy) return s->seconds;
+    return seconds_now() - s->started < patience ? INFINITY : 0;
+}
+
 // What this process asks of all of them behind the step that begins. The first one has the clock. Where saves have failed
 // for good all stop together, to be started again.
 static inline int step_requests(const Trainer* t) {
-    double writing = t->saver.busy || t->copier.busy ? INFINITY : t->saver.seconds + t->copier.seconds;
+    double writing = time_of_writing(t, &t->saver) + time_of_writing(t, &t->copier);
     double interval = save_interval(&t->run, t->stall, writing);
     bool save = t->control.rank == 0 && seconds_now() - t->save_started >= interval;
     return (stop_requested() || t->lost.code != 0 ? REQUEST_STOP : 0) | (save ? REQUEST_SAVE : 0);

@@ -123,7 +123,7 @@ static inline bool shard_map_file(const char* path, const void** map, size_t* by
     struct stat st;
     *map = NULL, *bytes = 0;
     if (fd < 0 || fstat(fd, &st) != 0) {
-        fail(err, EXIT_NO_INPUT, "cannot open %s: %s", path, strerror(errno));
+        fail(err, code_of_open(errno), "cannot open %s: %s", path, strerror(errno));
     } else if (!S_ISREG(st.st_mode)) {
         fail(err, EXIT_NO_INPUT, "%s is not a regular file", path);
     } else if (st.st_size > 0) {

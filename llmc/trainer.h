@@ -163,31 +163,46 @@ static inline bool load_weights(Trainer* t, enum WeightsFrom* from, Error* err) 
     return true;
 }
 
+// Every process has opened the shards by itself: they must be those that the newest checkpoint was trained on, at the
+// first start those of the first process.
+static inline bool same_data(Trainer* t, bool resumed, Error* err) {
+    uint64_t ours = t->train.fingerprint, *wanted = &t->state.data_fingerprint;
+    if (!resumed) {
+        *wanted = ours;
+        if (!control_broadcast(&t->control, wanted, sizeof *wanted, err)) return false;
+    }
+    if (ours != *wanted && resumed)
+        fail(
+            err, EXIT_CONFIG,
+            "the training data are not those that the newest checkpoint in %s was trained on (fingerprint "
+            "%016llx, now %016llx): restore data.train, batch.sequence_length and seed, or start another run "
+            "with checkpoint.load_from and a new log.run_dir",
+            t->run.log.run_dir, (unsigned long long)*wanted, (unsigned long long)ours);
+    else if (ours != *wanted)
+        fail(err, EXIT_CONFIG,
+             "the training data are not those of rank 0 (fingerprint %016llx, here %016llx): the shards of "
+             "data.train must be the same on all nodes",
+             (unsigned long long)*wanted, (unsigned long long)ours);
+    return agree(t, err);
+}
+
 // The weights a training run starts with: its own newest checkpoint, else checkpoint.load_from, else random.
 static inline bool load_or_init(Trainer* t, bool* resumed, Error* err) {
     enum WeightsFrom from;
     if (!load_weights(t, &from, err)) return false;
-    if (!t->tier.loaded && !fast_give_up(&t->tier, &t->identity, &t->control, err)) {
-        t->agreed = err->code != EXIT_LOST;
-        return false;
-    }
     *resumed = from == WEIGHTS_RUN;
     if (from == WEIGHTS_NOWHERE) init_weights(t->gpt, &t->run.model, t->run.seed);
-    if (!*resumed) {
-        memset(&t->state, 0, sizeof t->state);
-        t->state.data_fingerprint = t->train.fingerprint;
-    }
+    if (!*resumed) memset(&t->state, 0, sizeof t->state);
     t->saved_step = t->tier.to_copy ? NO_STEP : t->state.step;
     t->fast_step = t->tier.loaded ? t->state.step : NO_STEP;
-    t->agreed = t->state.data_fingerprint != t->train.fingerprint; // so it is everywhere
-    if (!t->agreed) return true;
-    return fail(
-        err, EXIT_CONFIG,
-        "the training data are not those that the newest checkpoint in %s was trained on (fingerprint "
-        "%016llx, now %016llx): restore data.train, batch.sequence_length and seed, or start another run "
-        "with checkpoint.load_from and a new log.run_dir",
-        t->run.log.run_dir, (unsigned long long)t->state.data_fingerprint,
-        (unsigned long long)t->train.fingerprint);
+    return same_data(t, *resumed, err);
+}
+
+// Training goes on from what was loaded: what the fast tier has is of another past, unless that was from there.
+static inline bool leave_past(Trainer* t, Error* err) {
+    if (t->tier.loaded || fast_give_up(&t->tier, &t->identity, &t->control, err)) return true;
+    t->agreed = err->code != EXIT_LOST;
+    return false;
 }
 
 // ----------------------------------------------------------------------------

@@ -267,9 +267,13 @@ static inline bool write_all(int fd, const void* data, size_t bytes) {
     return true;
 }
 
-// What it means that a file cannot be opened: a disk or server that failed may come back.
+// What it means that a file cannot be opened: these stay so; a disk or server that failed may come back.
 static inline int code_of_open(int number) {
-    return number == EIO || number == ESTALE || number == ETIMEDOUT ? EXIT_IO : EXIT_NO_INPUT;
+    static const int lasting[] = {ENOENT, ENOTDIR, EISDIR, EACCES, EPERM,       ELOOP,
+                                  ENXIO,  ENODEV,  EMFILE, ENFILE, ENAMETOOLONG};
+    for (size_t i = 0; i < sizeof lasting / sizeof lasting[0]; i++)
+        if (number == lasting[i]) return EXIT_NO_INPUT;
+    return EXIT_IO;
 }
 
 // The whole of a regular file of at most max_bytes, with a NUL behind its last byte; NULL on failure.

@@ -68,6 +68,17 @@ nodes alone && unmount alone 0
 start alone 3
 older late && unmount late 1 && cp "$work/late/shared/run/run_id" "$work/late.run_id"
 start late 3 parallel.start_timeout=60
+shards() { # NAME RANK: data of the node's own; those of RANK are other ones
+    local rank
+    for rank in 0 1 2; do
+        mkdir "$work/$1/$rank/local" && cp "$work/data/train_000000".* "$work/$1/$rank/local"
+    done
+    cp "$work/data/val_000000.bin" "$work/$1/$2/local/train_000000.bin" && cp "$work/data/val_000000.idx" "$work/$1/$2/local/train_000000.idx"
+}
+older stale && shards stale 2
+start stale 3 'data.train=local/train_*.bin'
+nodes mixed && shards mixed 1
+start mixed 3 'data.train=local/train_*.bin'
 for _ in $(seq 1200); do # until rank 0 has written that it is there
     cmp -s "$work/late/shared/run/run_id" "$work/late.run_id" || break
     sleep 0.05
@@ -88,7 +99,7 @@ check "rank 1 sees an earlier state: it is named" ended early 74 "rank 1: on its
 check "and its node" named "$work/early/shared/run" node_1
 check "of two nodes the one without the run is bad" ended two 74 "rank 1: .*$mounted"
 check "it is named" named "$work/two/shared/run" node_1
-check "checkpoints that one rank does not see are not damaged" failed partly 66 'rank 1: shared/run/checkpoints/step_00000008 is not there$'
+check "checkpoints that one rank does not see are not damaged" failed partly 74 'rank 1: shared/run/checkpoints/step_00000008 is not there; rank 0 does not find that'
 check "and are not set aside" untouched partly
 check "a new run says it, too" ended new 74 "rank 2: on its node, node_2, .*$mounted"
 check "and names the node" named "$work/new/shared/run" node_2
@@ -101,4 +112,7 @@ goes_on() {
     [ "$(cat "$work/late.code")" = 0 ] && grep -q '^weights from .*, step 8$' "$work/late.err" && [ ! -e "$work/late/shared/run/BAD_NODE" ]
 }
 check "a file system that comes late is waited for" goes_on
+check "a node with other data than the run's is named" ended stale 78 'rank 2: the training data are not those that the newest checkpoint in shared/run was trained on'
+check "which no other start can mend" grep -q '^78 rank 2' "$work/stale/shared/run/FATAL"
+check "in a new run, too" ended mixed 78 'rank 1: the training data are not those of rank 0'
 finish

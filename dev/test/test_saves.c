@@ -101,7 +101,11 @@ static void intervals_outlast_a_save(void** state) {
     t->stall = 0.0001, t->saver.seconds = 2, t->copier.seconds = 1, t->save_started = seconds_now() - 100;
     for (int busy = 0; busy < 4; busy++) {
         t->saver.busy = busy & 1, t->copier.busy = busy >> 1;
+        t->saver.started = t->copier.started = seconds_now() - 50;
         t->run.checkpoint.minutes = 0;
+        t->run.parallel.hang_seconds_max = 40; // it hangs: the next one waits for it, and is watched
+        assert_int_equal(step_requests(t) & REQUEST_SAVE, REQUEST_SAVE);
+        t->run.parallel.hang_seconds_max = 1800;
         assert_int_equal(step_requests(t) & REQUEST_SAVE, busy == 0 ? REQUEST_SAVE : 0);
         t->run.checkpoint.minutes = 1;
         assert_int_equal(step_requests(t) & REQUEST_SAVE, REQUEST_SAVE);
