@@ -103,4 +103,9 @@ static void spill(const char* path, const void* data, size_t size) {
     assert_true(fd >= 0 && write_all(fd, data, size) && close(fd) == 0);
 }
 
+// step: "step_00000020"
+static inline void file_in(char out[PATH_MAX], const char* step, const char* name) {
+    snprintf(out, PATH_MAX, "%s/%s/%s", run, step, name);
+}
+
 #define ON_A_RUN(test) cmocka_unit_test_setup_teardown(test, setup, teardown)

@@ -1,19 +1,6 @@
 // The fast tier of one process: what stays in it, and what is copied from it. Of several: e2e_fast_tier.sh.
 #define _GNU_SOURCE 1
-#include <errno.h>
-#include <stdio.h>
-#include <string.h>
-#include <unistd.h>
-
-static const char* unreadable; // files with this in their path give EIO
-static ssize_t shy_read(int fd, void* data, size_t n) {
-    char link[32], path[4096];
-    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
-    ssize_t length = unreadable != NULL ? readlink(link, path, sizeof path - 1) : 0;
-    path[length > 0 ? length : 0] = '\0';
-    return unreadable != NULL && strstr(path, unreadable) != NULL ? (errno = EIO, -1) : read(fd, data, n);
-}
-#define read shy_read
+#include "dev/test/unreadable_files.h" // defines: unreadable
 
 #include "llmc/fast_tier.h" // defines: fast_save, fast_load_newest, fast_open, fast_give_up
 #include "dev/test/checkpointed_run.h" // defines: run, model, saved, loaded, load, in_run, exists, slurp, spill, ON_A_RUN
