@@ -73,20 +73,6 @@ static inline bool fast_open(FastTier* tier, const char* fast_dir, const RunIden
     return control_agree(control, err) && fast_place(tier, identity, control, err);
 }
 
-// Other processes of this node do the same: what is gone is gone.
-static inline void fast_remove_tree(const char* path) {
-    DIR* dir = opendir(path);
-    char inside[PATH_MAX];
-    Error ignored = {0, {0}};
-    for (struct dirent* entry; dir != NULL && (entry = readdir(dir)) != NULL;) {
-        if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0) continue;
-        if (path_join(inside, path, entry->d_name, &ignored) && unlink(inside) != 0 && errno == EISDIR)
-            fast_remove_tree(inside);
-    }
-    if (dir != NULL) closedir(dir);
-    rmdir(path);
-}
-
 // Has this node anything of another past of the run? remove: not any more.
 static inline bool fast_other_pasts(const FastTier* tier, bool remove) {
     DIR* dir = opendir(tier->run);
@@ -98,7 +84,7 @@ static inline bool fast_other_pasts(const FastTier* tier, bool remove) {
         if (strspn(entry->d_name, "0123456789abcdef") != ID_DIGITS || strcmp(entry->d_name, own) == 0)
             continue;
         others = true;
-        if (remove && path_join(path, tier->run, entry->d_name, &ignored)) fast_remove_tree(path);
+        if (remove && path_join(path, tier->run, entry->d_name, &ignored)) remove_tree(path, &ignored);
     }
     if (dir != NULL) closedir(dir);
     return others;

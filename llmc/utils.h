@@ -8,6 +8,7 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE 1
 #endif
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -330,4 +331,20 @@ static inline bool replace_file(const char* path, const void* data, size_t size,
         return fail(err, EXIT_IO, "cannot write %s: %s", path, strerror(reason));
     }
     return true;
+}
+
+// A directory and all that is in it; none is one, too. Other processes may do the same: what is gone is gone.
+static inline bool remove_tree(const char* path, Error* err) {
+    DIR* dir = opendir(path);
+    bool ok = dir != NULL || errno == ENOENT || unlink(path) == 0;
+    for (struct dirent* entry; ok && dir != NULL && (entry = readdir(dir)) != NULL;) {
+        char inside[PATH_MAX];
+        if (strcmp(entry->d_name, ".") == 0 || strcmp(entry->d_name, "..") == 0) continue;
+        ok = path_join(inside, path, entry->d_name, err);
+        if (ok && unlink(inside) != 0 && errno == EISDIR) ok = remove_tree(inside, err);
+    }
+    if (dir != NULL) closedir(dir);
+    if (err->code != 0) return false;
+    return (ok && (dir == NULL || rmdir(path) == 0 || errno == ENOENT)) ||
+           fail(err, EXIT_CANNOT_WRITE, "cannot remove %s: %s", path, strerror(errno));
 }

@@ -12,7 +12,6 @@
 #include "llmc/config_print.h"   // defines: config_write_json
 #include "llmc/layout_resolve.h" // defines: layout_resolve
 
-#include <ftw.h>
 #include <sys/wait.h>
 
 enum {
@@ -233,18 +232,7 @@ static inline bool verify_read(VerifyResult* out, const RunConfig* run, Error* e
 
 static inline void verify_free(VerifyResult* r) { free(r->gradients), free(r->weights); }
 
-static inline int remove_old(const char* path, const struct stat* s, int type, struct FTW* at) {
-    (void)s, (void)type, (void)at;
-    return remove(path);
-}
-
-// What an earlier run of verify left: a run would go on from it.
-static inline bool remove_tree(const char* path, Error* err) {
-    return nftw(path, remove_old, 16, FTW_DEPTH | FTW_PHYS) == 0 || errno == ENOENT ||
-           fail(err, EXIT_CANNOT_WRITE, "cannot remove %s, of an earlier verify: %s", path, strerror(errno));
-}
-
-// Trains in one layout and reads what came out.
+// Trains in one layout, in an empty directory, or a run that an earlier verify left would go on, and reads what came out.
 static inline bool verify_train(VerifyResult* out, const RunConfig* shrunk, const VerifyLayout* l,
                                 const char* work, const char* program, Error* err) {
     static RunConfig run;

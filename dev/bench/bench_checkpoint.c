@@ -90,7 +90,7 @@ int main(int argc, char** argv) {
     for (int row = 0; row < NUM_ROWS && err.code == 0; row++)
         printf("%-36s %6.2f s %7.2f GB/s %6.2f of the baseline\n", rows[row].name, best[row],
                gigabytes / best[row], best[rows[row].baseline] / best[row]);
-    remove_tree(work);
+    remove_tree(work, &err);
     weights_free(&w);
     return tool_result(&err);
 }

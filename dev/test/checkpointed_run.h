@@ -70,7 +70,8 @@ static void begin_run(int which_model) {
 }
 
 static void end_run(void) {
-    remove_tree(run);
+    Error ignored = {0, {0}};
+    remove_tree(run, &ignored);
     for (int k = 0; k < 2; k++) weights_free(&saved[k]);
     weights_free(&loaded);
 }

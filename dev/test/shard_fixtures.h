@@ -1,7 +1,6 @@
 // For tests of shards and of what reads them: a folder that goes away, and shards made of short lists.
-#include "llmc/utils.h"            // defines: Error, CHECK, write_all
+#include "llmc/utils.h"            // defines: Error, CHECK, write_all, remove_tree
 #include "dev/data/shard_writer.h" // defines: ShardWriter, shard_writer_*, shard_publish
-#include <ftw.h>
 
 static char temp_dir[128];
 
@@ -21,14 +20,10 @@ static inline int make_temp_dir(void** state) {
     return mkdtemp(temp_dir) == NULL;
 }
 
-static inline int remove_entry(const char* path, const struct stat* st, int type, struct FTW* where) {
-    (void)st, (void)type, (void)where;
-    return remove(path);
-}
-
 static inline int remove_temp_dir(void** state) {
     (void)state;
-    return nftw(temp_dir, remove_entry, 16, FTW_DEPTH | FTW_PHYS);
+    Error err = {0, {0}};
+    return remove_tree(temp_dir, &err) ? 0 : -1;
 }
 
 static inline void write_file(const char* path, const void* bytes, size_t size) {

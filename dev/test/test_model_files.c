@@ -16,8 +16,8 @@ static int setup(void** state) {
 
 static int teardown(void** state) {
     (void)state;
-    remove_tree(work);
-    return 0;
+    Error err = {0, {0}};
+    return remove_tree(work, &err) ? 0 : -1;
 }
 
 static void path_in(char out[PATH_MAX], const char* dir, const char* name) {

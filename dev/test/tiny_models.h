@@ -1,12 +1,11 @@
 // Small models with known weights, and temporary directories, for the tests of checkpoints.
 #pragma once
 #ifndef _GNU_SOURCE
-#define _GNU_SOURCE 1 // nftw
+#define _GNU_SOURCE 1
 #endif
 #include "llmc/model.h"          // defines: ModelConfig, model_families, parameter_layout
 #include "llmc/rand.h"           // defines: random_uniform, RANDOM_INIT
 #include "llmc/stored_tensors.h" // defines: zero_vocabulary_padding
-#include <ftw.h>
 
 // One of each kind that is stored differently: transposed or not, split q/k/v or not, biases, a tied head.
 static const struct {
@@ -90,10 +89,3 @@ static inline void temporary_directory(char out[TEMPORARY_PATH]) {
     snprintf(out, TEMPORARY_PATH, "%s/checkpoint.XXXXXX", where != NULL ? where : "/tmp");
     CHECK(mkdtemp(out) != NULL);
 }
-
-static inline int remove_entry(const char* path, const struct stat* st, int type, struct FTW* ftw) {
-    (void)st, (void)type, (void)ftw;
-    return remove(path);
-}
-
-static inline void remove_tree(const char* path) { nftw(path, remove_entry, 16, FTW_DEPTH | FTW_PHYS); }
